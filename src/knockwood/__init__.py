@@ -1,0 +1,1 @@
+"""Knockwood makes PostgreSQL outages caused by damaged data short, explained and lossless."""

@@ -1,0 +1,1 @@
+"""The command line: arguments in, results to a renderer, an exit status out."""

@@ -1,0 +1,1 @@
+"""Restored clusters at an exact LSN, isolated from production."""

@@ -1,0 +1,1 @@
+"""Outages on purpose, in a sandbox, measured against a witness."""

@@ -1,0 +1,148 @@
+"""Files that survive a crash: written beside, fsynced, renamed, the folder fsynced."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from knockwood.errors import HostError, NoSpaceError, ObjectExistsError
+
+Chunk = bytes | bytearray | memoryview
+
+
+def fsync_file(path: Path) -> None:
+    """Flush one file or folder to stable storage."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path, mode: int = 0o700) -> None:
+    """Create a folder and its parents, each made durable in its parent."""
+    missing: list[Path] = []
+    step = path
+    while not step.exists():
+        missing.append(step)
+        step = step.parent
+    with translated(path):
+        for folder in reversed(missing):
+            try:
+                folder.mkdir(mode=mode)
+            except FileExistsError:
+                continue
+            fsync_file(folder.parent)
+
+
+def write_new(path: Path, chunks: Iterable[Chunk], mode: int = 0o600) -> int:
+    """Write a file that must not exist yet; returns its bytes. Raises ObjectExistsError if it does.
+
+    The content is complete and durable before the name appears: a hard link fails where a rename
+    would overwrite. What a crash leaves is a `.tmp-` file that nothing reads.
+    """
+    make_folder(path.parent)
+    temporary = path.parent / f".tmp-{secrets.token_hex(8)}"
+    with translated(path):
+        try:
+            size = _write(temporary, chunks, mode)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise ObjectExistsError("already stored", where=str(path)) from None
+            fsync_file(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return size
+
+
+def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write or overwrite a small file of our own, all or nothing, durable on return."""
+    make_folder(path.parent)
+    temporary = path.parent / f".tmp-{secrets.token_hex(8)}"
+    with translated(path):
+        try:
+            _write(temporary, [data], mode)
+            temporary.rename(path)
+            fsync_file(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, chunks: Iterable[Chunk], mode: int) -> int:
+    size = 0
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb", buffering=0) as file:
+        for chunk in chunks:
+            view = memoryview(chunk)
+            while view:
+                written = file.write(view)
+                view = view[written:]
+                size += written
+        os.fsync(file.fileno())
+    return size
+
+
+def read_chunks(path: Path, size: int = 1 << 20, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file from `start` up to `end`, in pieces of at most `size`."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        left = None if end is None else end - start
+        while left is None or left > 0:
+            data = file.read(size if left is None else min(size, left))
+            if not data:
+                return
+            if left is not None:
+                left -= len(data)
+            yield data
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes an ordinary user can still write on the disk that holds `path` (which may not exist yet)."""
+    step = path
+    while not step.exists():
+        step = step.parent
+    return shutil.disk_usage(step).free
+
+
+def require_space(path: Path, wanted: int, purpose: str) -> None:
+    """Raise NoSpaceError unless `wanted` bytes are free where `path` is or will be."""
+    free = free_bytes(path)
+    if free < wanted:
+        raise NoSpaceError(
+            f"{purpose} needs {wanted / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free",
+            where=str(path),
+            hint="free some space, or name another folder",
+        )
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder of ours and all in it; nothing happens where there is none."""
+    shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn the system's file errors into ours, naming the path."""
+    try:
+        yield
+    except OSError as error:
+        where = str(error.filename or path)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError("the disk is full", where=where, hint="free some space; the next run goes on") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise HostError(reason.lower(), where=where, hint=_hint(error.errno)) from error
+
+
+def _hint(code: int | None) -> str | None:
+    if code in (errno.EACCES, errno.EPERM):
+        return "does this user own the folder, and may it write there?"
+    if code == errno.EROFS:
+        return "the file system is mounted read-only: did the kernel see a disk error?"
+    if code == errno.EIO:
+        return "the disk itself reported an error: look at the kernel's log and at smartctl"
+    return None

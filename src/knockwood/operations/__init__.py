@@ -1,0 +1,1 @@
+"""The flows: the only package that knows in which order things happen."""

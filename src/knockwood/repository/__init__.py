@@ -1,0 +1,1 @@
+"""Base backups and the WAL archive: take, receive, fetch, verify, expire."""

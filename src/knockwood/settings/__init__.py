@@ -1,0 +1,1 @@
+"""knockwood.toml: its schema, its loading, its errors with file and line."""
