@@ -1,0 +1,1 @@
+"""Base backups: taken, listed, fetched, expired."""
