@@ -112,6 +112,13 @@ class LockHeldError(HostError):
     retry_safe = True
 
 
+class LoadTooHighError(HostError):
+    """The machine stayed busier than the load budget allows."""
+
+    code = "KW303"
+    retry_safe = True
+
+
 # --- PostgreSQL ----------------------------------------------------------------------------------
 
 
