@@ -23,7 +23,7 @@ def installations() -> dict[int, Programs]:
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the servers' account can enter (pytest's own is closed to others)."""
     folder = tmp_path_factory.mktemp("servers")
     step = folder
@@ -33,7 +33,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     step.chmod(0o755)
     if "pytest-of" in step.parent.name:
         step.parent.chmod(0o755)
-    yield folder
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +71,9 @@ def new_server(
     """
     servers: list[LocalServer] = []
 
-    def make(major: int = 18, *, segment_megabytes: int = 16, start: bool = True, **settings: str) -> LocalServer:
+    def make(
+        major: int = 18, *, segment_megabytes: int = 16, start: bool = True, **settings: str
+    ) -> LocalServer:
         if major not in installations:
             if major == 18:
                 pytest.fail("PostgreSQL 18 is part of the test installation and was not found")

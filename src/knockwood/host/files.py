@@ -133,7 +133,9 @@ def translated(path: Path) -> Iterator[None]:
     except OSError as error:
         where = str(error.filename or path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError("the disk is full", where=where, hint="free some space; the next run goes on") from error
+            raise NoSpaceError(
+                "the disk is full", where=where, hint="free some space; the next run goes on"
+            ) from error
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise HostError(reason.lower(), where=where, hint=_hint(error.errno)) from error
 

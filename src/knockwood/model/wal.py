@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from functools import total_ordering
@@ -64,7 +65,9 @@ class WalSegment:
         return cls(Timeline(int(name[:8], 16)), int(name[8:16], 16) * per_log + low, segment_bytes)
 
     @classmethod
-    def containing(cls, timeline: Timeline, lsn: Lsn, segment_bytes: int = DEFAULT_SEGMENT_BYTES) -> WalSegment:
+    def containing(
+        cls, timeline: Timeline, lsn: Lsn, segment_bytes: int = DEFAULT_SEGMENT_BYTES
+    ) -> WalSegment:
         return cls(timeline, lsn.value // segment_bytes, segment_bytes)
 
     @property
@@ -136,7 +139,7 @@ class TimelineHistory:
             if len(words) < 2 or not words[0].isdigit():
                 raise ValueError(f"not a line of a timeline history: {line!r}")
             switches.append((Timeline(int(words[0])), Lsn.parse(words[1])))
-        if any(a[0] >= b[0] for a, b in zip(switches, switches[1:], strict=False)):
+        if any(a[0] >= b[0] for a, b in itertools.pairwise(switches)):
             raise ValueError("timelines of a history do not ascend")
         return cls(timeline, tuple(switches))
 

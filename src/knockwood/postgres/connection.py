@@ -26,8 +26,10 @@ from knockwood.postgres.binaries import SUPPORTED
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
-def connect(dsn: str, *, application_name: str = "knockwood", autocommit: bool = True, **extra: Any) -> Connection:
-    """Open a connection. Raises ServerDownError, AuthenticationError, MissingPrivilegeError or PostgresError."""
+def connect(
+    dsn: str, *, application_name: str = "knockwood", autocommit: bool = True, **extra: Any
+) -> Connection:
+    """Open a connection; raises ServerDownError, AuthenticationError or another PostgresError."""
     with translated(dsn):
         return psycopg.connect(
             dsn, autocommit=autocommit, application_name=application_name, connect_timeout=10, **extra
@@ -56,10 +58,14 @@ def _operational(error: psycopg.OperationalError, where: str | None) -> Postgres
     text = _line(error)
     if re.search(r"password|authentication failed|pg_hba\.conf|role \"[^\"]*\" does not exist", text):
         return AuthenticationError(
-            text, where=where, hint="is the role right, its password in ~/.pgpass, and pg_hba.conf open to it?"
+            text,
+            where=where,
+            hint="is the role right, its password in ~/.pgpass, and pg_hba.conf open to it?",
         )
     if error.sqlstate is None or error.sqlstate.startswith(("57P0", "08")):
-        return ServerDownError(text, where=where, hint="does the server run, and does it listen at this address?")
+        return ServerDownError(
+            text, where=where, hint="does the server run, and does it listen at this address?"
+        )
     return PostgresError(text, where=where)
 
 
@@ -72,7 +78,11 @@ def _line(error: psycopg.Error) -> str:
 def _grant(text: str) -> str:
     match = re.search(r"permission denied for (function|table|view|sequence|schema|database) (\S+)", text)
     if match:
-        right = {"function": "EXECUTE ON FUNCTION", "schema": "USAGE ON SCHEMA", "database": "CONNECT ON DATABASE"}
+        right = {
+            "function": "EXECUTE ON FUNCTION",
+            "schema": "USAGE ON SCHEMA",
+            "database": "CONNECT ON DATABASE",
+        }
         return f"GRANT {right.get(match[1], 'SELECT ON')} {match[2]} TO knockwood;"
     if "replication" in text.lower():
         return "ALTER ROLE knockwood REPLICATION;"

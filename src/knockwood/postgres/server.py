@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from knockwood.errors import PostgresError, RecoveryFailedError
+from knockwood.errors import HostError, PostgresError, RecoveryFailedError
 from knockwood.host import clock, files, privileges, processes
 from knockwood.host.privileges import Account
 from knockwood.postgres.binaries import Programs, runnable_by
@@ -135,7 +135,7 @@ class LocalServer:
         try:
             pid = int(lock.read_text().split("\n", 1)[0])
             alive = processes.ProcessIdentity.of(abs(pid)).alive()
-        except (ValueError, OSError, processes.HostError):
+        except (ValueError, OSError, HostError):
             alive = False
         if alive:
             raise PostgresError("a server runs on this folder already", where=str(self.data_directory))
@@ -159,7 +159,8 @@ class LocalServer:
             clock.sleep(0.01)
         self.stop("immediate")
         raise RecoveryFailedError(
-            f"the server was not ready after {timeout:.0f} s: {self.log_tail()}", where=str(self.data_directory)
+            f"the server was not ready after {timeout:.0f} s: {self.log_tail()}",
+            where=str(self.data_directory),
         )
 
     def wait_ended(self, timeout: float) -> int | None:

@@ -1,0 +1,15 @@
+"""What every test shares: the same examples from hypothesis in each run of the gate."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+from fix_server import every_version, installations, new_server, shared_folder, templates
+
+__all__ = ["every_version", "installations", "new_server", "shared_folder", "templates"]
+
+settings.register_profile("gate", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
