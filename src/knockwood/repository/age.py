@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
-import pyrage  # type: ignore[import-untyped]
+import pyrage
 
 from knockwood.errors import ObjectDamagedError, SettingsError, WrongKeyError
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from knockwood.errors import ObjectExistsError, ObjectMissingError
+from knockwood.errors import HostError, ObjectExistsError, ObjectMissingError
 from knockwood.host import files
 from knockwood.host.files import Chunk
 from knockwood.repository.storage.base import ObjectInfo
@@ -53,7 +53,7 @@ class LocalStorage:
         try:
             with files.translated(path):
                 yield from files.read_chunks(path, start=start, end=end)
-        except files.HostError as error:
+        except HostError as error:
             if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
                 raise ObjectMissingError("no such object", where=str(path)) from error
             raise

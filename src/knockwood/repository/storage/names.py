@@ -25,5 +25,5 @@ def checked(name: str) -> str:
 def checked_prefix(prefix: str) -> str:
     """A prefix for listing: empty, or the beginning of an allowed name."""
     if prefix:
-        checked(prefix[:-1] if prefix.endswith("/") else prefix)
+        checked(prefix.removesuffix("/"))
     return prefix
