@@ -34,10 +34,12 @@ from knockwood.errors import (
     RepositoryError,
 )
 from knockwood.host import clock
-from knockwood.host.processes import ProcessIdentity
 from knockwood.repository.storage import ObjectInfo, Storage
 
 _KEPT: Final = 2
+
+_GRANULARITY: Final = 2
+"""Seconds; object stores keep times to the second."""
 
 _mine: set[str] = set()
 """Tokens of the leases that this process holds now."""
@@ -50,31 +52,35 @@ class _HasStorage(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lease, and for what. `machine` tells boots and containers of one host name apart."""
+    """Who holds a lease, and for what. `machine` tells boots and containers of one host name apart.
+
+    `started` is in clock ticks since the boot, so that setting the clock does not change it.
+    """
 
     token: str
     host: str
     machine: str
-    process: ProcessIdentity
+    pid: int
+    started: int | None
     purpose: str
     ttl: float
 
     @classmethod
     def own(cls, purpose: str, ttl: float) -> Holder:
-        return cls(
-            secrets.token_hex(16), socket.gethostname(), _machine(), ProcessIdentity.own(), purpose, ttl
-        )
+        pid = os.getpid()
+        token, host = secrets.token_hex(16), socket.gethostname()
+        return cls(token, host, _machine(), pid, _process(pid)[0], purpose, ttl)
 
     def __str__(self) -> str:
-        return f"{self.purpose}, pid {self.process.pid} on {self.host}"
+        return f"{self.purpose}, pid {self.pid} on {self.host}"
 
     def to_json(self) -> dict[str, Any]:
         return {
             "token": self.token,
             "host": self.host,
             "machine": self.machine,
-            "pid": self.process.pid,
-            "process_started": self.process.started,
+            "pid": self.pid,
+            "process_started": self.started,
             "purpose": self.purpose,
             "ttl_seconds": self.ttl,
         }
@@ -85,7 +91,8 @@ class Holder:
             str(value["token"]),
             str(value["host"]),
             str(value["machine"]),
-            ProcessIdentity(int(value["pid"]), float(value["process_started"])),
+            int(value["pid"]),
+            value["process_started"],
             str(value["purpose"]),
             float(value["ttl_seconds"]),
         )
@@ -94,16 +101,38 @@ class Holder:
         """Whether this holder certainly does no more work: its process was on this machine and is gone."""
         if self.machine != _machine():
             return False
-        if self.process == ProcessIdentity.own():
+        if self.pid == os.getpid():
             return self.token not in _mine
-        return not self.process.alive()
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            # Another account's process, which may be hidden from us.
+            pass
+        started, state = _process(self.pid)
+        return state in ("Z", "X") or (None not in (started, self.started) and started != self.started)
 
 
 @cache
 def _machine() -> str:
     # A pid means something only in one boot and one pid namespace: containers share host names.
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        # Like no other: then only time tells that a holder is dead.
+        return secrets.token_hex(16)
+
+
+def _process(pid: int) -> tuple[int | None, str]:
+    """When a process started (clock ticks since the boot) and its state letter, as far as we may know."""
+    try:
+        # The name, in parentheses, may hold anything: what follows the last one is fixed.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return int(fields[19]), fields[0]
+    except (OSError, ValueError, IndexError):
+        return None, "?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,12 +301,15 @@ class Lease:
     def _abandoned(self, state: _State, holder: Holder) -> bool:
         if holder.known_dead():
             return True
-        if state.modified is None or (self._storage_now() - state.modified).total_seconds() <= holder.ttl:
+        if state.modified is None:
             return False
-        if holder.machine != _machine():
+        age = (self._storage_now() - state.modified).total_seconds()
+        if -_GRANULARITY <= age <= holder.ttl:
+            return False
+        if age > 0 and holder.machine != _machine():
             return True
-        # Its process lives, here: a clock that jumped looks the same as a holder that hangs. A holder
-        # at work renews within a third of its ttl.
+        # Its process lives, here, or its time lies ahead: a clock that jumped looks the same as a
+        # holder that hangs. One that works renews within a third of its ttl.
         clock.sleep(holder.ttl / 2)
         return self._newest().generation == state.generation
 
