@@ -7,7 +7,6 @@ position or of another size is refused, so that no later restore has to find out
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ from knockwood.errors import (
     ObjectExistsError,
     ObjectMissingError,
     RepositoryError,
-    WrongSystemError,
 )
 from knockwood.host import files
 from knockwood.model.wal import Lsn, Timeline, TimelineHistory, WalSegment
@@ -30,43 +28,7 @@ from knockwood.repository.inventory import (
     segment_object,
 )
 from knockwood.repository.repository import Repository
-
-# XLogLongPageHeaderData: magic, info, timeline, page address, remaining length, padding, system
-# identifier, segment size, block size. In the byte order of the server, which is this machine's.
-_LONG_HEADER = struct.Struct("=HHIQIIQII")
-_LONG_HEADER_FLAG = 0x0002
-
-
-def check_header(segment: WalSegment, path: Path, system_identifier: int) -> None:
-    """Raise unless the file begins as this segment of this cluster must.
-
-    WrongSystemError for another cluster's WAL, ObjectDamagedError for anything else. A timeline's
-    first segment begins with its parent's pages, so the header's timeline may be a lower one.
-    """
-    with files.translated(path), path.open("rb") as file:
-        head = file.read(_LONG_HEADER.size)
-    if len(head) < _LONG_HEADER.size:
-        raise ObjectDamagedError("not a WAL segment: shorter than its first page header", where=str(path))
-    _magic, info, timeline, address, _left, _pad, system, segment_bytes, _block = _LONG_HEADER.unpack(head)
-    if not info & _LONG_HEADER_FLAG:
-        raise ObjectDamagedError(f"{segment} does not begin with a long page header", where=str(path))
-    if system != system_identifier:
-        raise WrongSystemError(
-            f"{segment} belongs to cluster {system}, the repository to cluster {system_identifier}",
-            where=str(path),
-            hint="does archive_command name the right repository? A new cluster needs one of its own",
-        )
-    if (
-        segment_bytes != segment.bytes
-        or address != segment.start.value
-        or not 0 < timeline <= segment.timeline
-    ):
-        raise ObjectDamagedError(
-            f"{segment} holds WAL of {Lsn(address)} on timeline {timeline}"
-            f" in segments of {segment_bytes} bytes, which is not what its name says",
-            where=str(path),
-            hint="was the file recycled or renamed by hand?",
-        )
+from knockwood.repository.walfile import check_header
 
 
 @dataclass(frozen=True)
@@ -120,9 +82,8 @@ class WalArchive:
             try:
                 # Never encrypted: it holds no row data, and a host without an identity must still
                 # be able to tell what the archive covers.
-                self.repository.storage.put_new(
-                    name + codec.suffix(()), codec.encode([text.encode("utf-8", "surrogateescape")])
-                )
+                data = text.encode("utf-8", "surrogateescape")
+                self.repository.storage.put_new(name + codec.suffix(()), codec.encode([data]))
                 return True
             except ObjectExistsError:
                 pass
@@ -214,9 +175,8 @@ class WalArchive:
 
     def history_text(self, timeline: Timeline) -> str:
         """The history file as PostgreSQL wrote it. Raises ObjectMissingError, ObjectDamagedError."""
-        return b"".join(self.repository.read(self._stored(history_object(timeline)))).decode(
-            "utf-8", "surrogateescape"
-        )
+        data = b"".join(self.repository.read(self._stored(history_object(timeline))))
+        return data.decode("utf-8", "surrogateescape")
 
     def fetch(self, segment: WalSegment, into: Path) -> None:
         """Write a whole segment to the file `into`, which appears only when it is complete and right.
@@ -316,6 +276,3 @@ def _padded(chunks: Iterator[bytes], padding: int) -> Iterator[bytes]:
         size = min(padding, 1 << 20)
         yield bytes(size)
         padding -= size
-
-
-__all__ = ["ArchiveInventory", "Partial", "WalArchive", "check_header"]
