@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from knockwood.errors import HostError, MissingPrivilegeError, PostgresError
+from knockwood.errors import HostError, MissingPrivilegeError, PostgresError, UnsupportedVersionError
 from knockwood.host import files as host_files
 from knockwood.integrity.check import Subject
 from knockwood.postgres.connection import Connection, translated
+from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES
 
-BLOCK: Final = 8192
 GLOBAL_TABLESPACE: Final = 1664
 DEFAULT_TABLESPACE: Final = 1663
 
@@ -202,6 +202,7 @@ def data_files(subject: Subject) -> Iterator[DataFiles]:
     Raises HostError if the data directory is not this server's or cannot be read, MissingPrivilegeError
     if there is no local reach and the role may not read files over SQL.
     """
+    _require_usual_layout(subject)
     if subject.data_directory is not None:
         require_own_folder(subject, subject.data_directory)
         yield LocalFiles(subject.data_directory)
@@ -219,6 +220,20 @@ def data_files(subject: Subject) -> Iterator[DataFiles]:
                 " EXECUTE on pg_ls_dir, pg_stat_file and pg_read_binary_file",
             ) from error
         yield ServerFiles(connection)
+
+
+def _require_usual_layout(subject: Subject) -> None:
+    # Checksums cover block numbers, which follow from both sizes: another layout would look all damaged.
+    with subject.connect() as connection, translated():
+        row = connection.execute(
+            "select setting::int8, pg_catalog.current_setting('block_size')::int8"
+            " from pg_catalog.pg_settings where name = 'segment_size'"
+        ).fetchone()
+    if row is None or row != (SEGMENT_PAGES, PAGE_BYTES):
+        raise UnsupportedVersionError(
+            f"this server was built for pages and segments of another size: {row}",
+            hint="pages of 8 kB and segments of 1 GB are supported",
+        )
 
 
 def require_own_folder(subject: Subject, folder: Path) -> None:
