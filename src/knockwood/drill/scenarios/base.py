@@ -1,0 +1,156 @@
+"""What a scenario is, and the steps that scenarios share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from knockwood.drill.sandbox import DATABASE, Sandbox
+from knockwood.drill.scorecard import Gate, Scorecard
+from knockwood.drill.story import Kind, Story
+from knockwood.drill.witness import Testimony, loss
+from knockwood.drill.workload import tokens_present
+from knockwood.host import clock, privileges
+from knockwood.integrity.check import Budget, Role, Subject
+from knockwood.integrity.run import Report, run_checks
+from knockwood.model import Finding, Verdict
+from knockwood.operations.protect import take
+from knockwood.operations.restore import RestoreOutcome, restore
+from knockwood.postgres.connection import ServerFacts, connect, server_facts
+from knockwood.postgres.server import LocalServer
+from knockwood.repository.targets import Target
+
+DETECTORS = ("page_checksums", "invariants")
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How large a drill is: seed orders, clients, and seconds of load before and after the fault."""
+
+    orders: int = 150_000
+    clients: int = 8
+    warm_up: float = 4.0
+    aftermath: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One kind of outage, made on purpose in a sandbox."""
+
+    name: str
+    title: str
+    about: str
+    play: Callable[[Story, Scale, int, Path | None], Scorecard]
+
+
+def protect_under_load(box: Sandbox, story: Story, scale: Scale) -> Report:
+    """Start the clients, take a full backup while they write, and check: nothing may be found yet."""
+    version = server_facts_of(box.server.dsn()).version
+    story.say(
+        Kind.SETUP,
+        f"a shop on PostgreSQL {version // 10000}.{version % 10000} with {scale.orders:,} orders;"
+        f" {scale.clients} clients order and pay, a witness notes every commit they were promised",
+    )
+    box.workload.start()
+    clock.sleep(scale.warm_up / 2)
+    backup = take(box.cluster, box.repository)
+    story.say(
+        Kind.SETUP,
+        f"full backup {backup.id}: {backup.raw_bytes / 1e6:.0f} MB stored as {backup.stored_bytes / 1e6:.0f} MB,"
+        f" every page verified ({backup.health.verdict})",
+    )
+    clock.sleep(scale.warm_up / 2)
+    report = run_checks(box.cluster.subject(Budget(), repository=box.repository), DETECTORS)
+    story.say(Kind.SETUP, f"checks before the fault: {len(report.findings)} findings")
+    return report
+
+
+def watch(box: Sandbox, story: Story, since: float, limit: float = 60) -> tuple[Report, float]:
+    """Check again and again until something is found; the report and the seconds it took."""
+    while True:
+        report = run_checks(box.cluster.subject(Budget(), repository=box.repository), DETECTORS)
+        took = clock.monotonic() - since
+        if report.findings or took > limit:
+            break
+        clock.sleep(0.2)
+    for finding in report.findings[:4]:
+        story.say(Kind.FOUND, f"{finding.check}: {finding.summary}")
+    if len(report.findings) > 4:
+        story.say(Kind.FOUND, f"and {len(report.findings) - 4} more findings")
+    return report, took
+
+
+def restore_beside(box: Sandbox, story: Story, target: Target) -> RestoreOutcome:
+    """Restore into a folder beside production, to the target, and say what was reached."""
+    into = box.folder / "restored"
+    outcome = restore(
+        box.repository,
+        target,
+        into / "data",
+        programs=box.server.programs,
+        account=privileges.server_account(),
+    )
+    commit = outcome.last_commit
+    story.say(
+        Kind.DONE,
+        f"restored beside production to {outcome.reached_lsn}"
+        + (f", last commit {commit.time:%H:%M:%S.%f} (xid {commit.xid})" if commit else ""),
+    )
+    return outcome
+
+
+def restored_server(box: Sandbox) -> LocalServer:
+    """A server on what was restored; start and stop it as a context manager."""
+    return LocalServer(
+        box.server.programs,
+        box.folder / "restored" / "data",
+        account=privileges.server_account(),
+        settings={"archive_mode": "off", "shared_buffers": "32MB"},
+    )
+
+
+def check_restored(box: Sandbox, server: LocalServer, story: Story) -> Report:
+    """Every check on the restored cluster, the heavy ones too."""
+    subject: Subject = replace(
+        box.cluster.subject(Budget(), repository=box.repository),
+        dsn=server.dsn(DATABASE),
+        facts=server_facts_of(server.dsn()),
+        role=Role.CLONE,
+        data_directory=server.data_directory,
+    )
+    report = run_checks(subject)
+    held = sum(result.verdict is Verdict.HELD for result in report.results)
+    story.say(
+        Kind.PROVED if not report.findings else Kind.FAILED,
+        f"{held} of {len(report.results)} checks held on the restored cluster,"
+        f" {len(report.findings)} findings, {len(report.not_checked)} not checked",
+    )
+    return report
+
+
+def server_facts_of(dsn: str) -> ServerFacts:
+    """What the server of a connection string is."""
+    with connect(dsn) as connection:
+        return server_facts(connection)
+
+
+def missing(testimonies: Iterable[Testimony], *dsns: str) -> int:
+    """How many acknowledged transactions none of the databases holds."""
+    left = tuple(testimonies)
+    for dsn in dsns:
+        left = loss(left, tokens_present(dsn)).missing
+    return len(left)
+
+
+def blocks_named(findings: Iterable[Finding], relation: str) -> set[int]:
+    """The blocks of a relation that findings name."""
+    return {
+        finding.location.block
+        for finding in findings
+        if finding.location.block is not None and (finding.location.relation or "").endswith(relation)
+    }
+
+
+def gate(name: str, passed: bool, detail: str) -> Gate:
+    return Gate(name, passed, detail)

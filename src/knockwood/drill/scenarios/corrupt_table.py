@@ -1,0 +1,126 @@
+"""A critical table's heap and index pages go bad on disk while the shop is busy."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from knockwood.drill import faults
+from knockwood.drill.sandbox import DATABASE, Sandbox, sandbox
+from knockwood.drill.scenarios.base import (
+    Scale,
+    Scenario,
+    blocks_named,
+    check_restored,
+    gate,
+    missing,
+    protect_under_load,
+    restore_beside,
+    restored_server,
+    watch,
+)
+from knockwood.drill.scorecard import Scorecard, Seconds
+from knockwood.drill.story import Kind, Story
+from knockwood.host import clock
+from knockwood.repository.targets import Latest
+
+_HEAP_PAGES = 5
+_INDEX_PAGES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Damage:
+    relation: str
+    path: str
+    blocks: frozenset[int]
+
+
+def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> Scorecard:
+    """Run the scenario in a sandbox of its own; returns its scorecard."""
+    with sandbox(orders=scale.orders, clients=scale.clients, seed=seed, parent=parent) as box:
+        healthy = protect_under_load(box, story, scale)
+        struck = clock.monotonic()
+        damages = _strike(box, random.Random(seed))
+        told = ", ".join(f"{len(damage.blocks)} pages of {damage.relation}" for damage in damages)
+        story.say(Kind.FAULT, f"a failing disk flips bits in {told}")
+        clock.sleep(scale.aftermath)
+        report, _ = watch(box, story, struck)
+        detect = clock.monotonic() - struck - scale.aftermath
+        box.workload.stop()
+        counters = box.workload.counters
+        story.say(Kind.FOUND, f"the application: {counters.failed} failed requests, {counters.acknowledged} kept promises")
+        exact = all(blocks_named(report.findings, d.relation) == d.blocks for d in damages)
+        diagnosed = clock.monotonic() - struck - scale.aftermath
+        story.say(Kind.FOUND, "cause: damage on disk; every page that was hit is named" if exact else "not all named")
+        restore_beside(box, story, Latest())
+        restored = clock.monotonic() - struck
+        with restored_server(box) as server:
+            after = check_restored(box, server, story)
+            testimonies = box.witness.testimonies()
+            lost = missing(testimonies, server.dsn(DATABASE))
+        verified = clock.monotonic() - struck
+        story.say(
+            Kind.PROVED if lost == 0 else Kind.FAILED,
+            f"the witness: {len(testimonies):,} commits promised to clients, {lost} missing in the restored shop",
+        )
+        return Scorecard(
+            scenario=CORRUPT_TABLE.name,
+            title=CORRUPT_TABLE.title,
+            seed=seed,
+            seconds=Seconds(detect, diagnosed, restored, verified),
+            cause_first=bool(report.findings) and report.findings[0].check == "page_checksums",
+            acknowledged_commits=len(testimonies),
+            good_transactions_lost=lost,
+            later_work_kept=0,
+            failed_requests=counters.failed,
+            longest_stall=counters.longest_stall,
+            findings=tuple(finding.summary for finding in report.findings),
+            gates=(
+                gate("silent while healthy", not healthy.findings, f"{len(healthy.findings)} findings before the fault"),
+                gate("all damage named", exact, f"{len(report.findings)} findings"),
+                gate("no acknowledged commit lost", lost == 0, f"{lost} of {len(testimonies)}"),
+                gate("restored cluster is clean", not after.findings, f"{len(after.findings)} findings"),
+            ),
+        )
+
+
+def _strike(box: Sandbox, chance: random.Random) -> tuple[_Damage, ...]:
+    """Flip bits in cold pages on disk, and have the server forget its copies in memory."""
+    damages = []
+    for relation, count in (("orders", _HEAP_PAGES), ("orders_pkey", _INDEX_PAGES)):
+        [(path, size)] = box.sql(
+            f"select pg_relation_filepath('{relation}'), pg_relation_size('{relation}') / 8192"
+        )
+        # The first part of the table holds the oldest orders, which are read but no longer written:
+        # a page in use would be written over from memory and heal itself.
+        reach = range(1, max(count + 1, int(str(size)) // 3))
+        damages.append(_Damage(relation, str(path), frozenset(chance.sample(reach, count))))
+    box.sql("checkpoint")
+    for _ in range(2):  # forget, damage, and forget what was read in between
+        for damage in damages:
+            _forget(box, damage.relation)
+        if _ == 0:
+            for damage in damages:
+                for block in sorted(damage.blocks):
+                    faults.bit_flip(box.server.data_directory, damage.path, block, offset=chance.randrange(3000, 8000))
+    return tuple(damages)
+
+
+def _forget(box: Sandbox, relation: str) -> None:
+    box.sql(
+        "select pg_buffercache_evict(bufferid) from pg_buffercache"
+        f" where relfilenode = pg_relation_filenode('{relation}')"
+        " and reldatabase = (select oid from pg_database where datname = current_database())"
+    )
+
+
+CORRUPT_TABLE = Scenario(
+    name="corrupt-table",
+    title="A critical table corrupted on disk",
+    about=(
+        "A disk flips bits in heap and index pages of the orders table while clients write. Every damaged page"
+        " must be named, the cluster restored beside production to the last commit, and no promised commit lost."
+    ),
+    play=play,
+)

@@ -1,0 +1,59 @@
+"""The witness counts what is missing, and survives a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knockwood.drill.scorecard import Gate, Scorecard, Seconds
+from knockwood.drill.witness import Testimony, Witness, loss, read_testimonies
+from knockwood.model import Verdict
+
+entries = st.lists(
+    st.builds(
+        Testimony,
+        kind=st.sampled_from(["order", "payment"]),
+        token=st.integers(1, 40),
+        xid=st.integers(3, 1000),
+        at=st.floats(0, 1e6),
+    ),
+    max_size=30,
+)
+
+
+@given(entries, st.sets(st.integers(1, 40)))
+def test_loss_is_exactly_what_is_not_there(testimonies: list[Testimony], there: set[int]) -> None:
+    found = loss(tuple(testimonies), {"order": frozenset(there)})
+    assert all(entry.kind == "payment" or entry.token not in there for entry in found.missing)
+    kept = [entry for entry in testimonies if entry not in found.missing]
+    assert all(entry.kind == "order" and entry.token in there for entry in kept)
+    assert found.acknowledged == len(testimonies)
+
+
+def test_the_record_is_read_back_without_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "witness.log"
+    witness = Witness(path)
+    witness.acknowledged("order", 7, 801)
+    witness.acknowledged("payment", 8, 802)
+    witness.close()
+    with path.open("ab") as file:
+        file.write(b"order 9 80")
+    assert [(entry.kind, entry.token, entry.xid) for entry in read_testimonies(path)] == [
+        ("order", 7, 801),
+        ("payment", 8, 802),
+    ]
+
+
+def card(*gates: Gate) -> Scorecard:
+    return Scorecard("s", "t", 1, Seconds(), True, 1, 0, 0, 0, 0.0, (), gates)
+
+
+def test_one_failed_gate_breaks_the_drill() -> None:
+    assert card(Gate("a", True, ""), Gate("b", True, "")).verdict is Verdict.HELD
+    assert card(Gate("a", True, ""), Gate("b", False, "")).verdict is Verdict.BROKEN
+
+
+def test_a_drill_without_gates_proves_nothing() -> None:
+    assert card().verdict is Verdict.BROKEN
