@@ -11,7 +11,7 @@ from knockwood.host import clock
 
 
 @dataclass(frozen=True, slots=True)
-class Testimony:
+class Promise:
     """One acknowledged transaction: what it was, its token, its xid, when (monotonic seconds)."""
 
     kind: str
@@ -25,7 +25,7 @@ class Loss:
     """What a database lacks of what was acknowledged."""
 
     acknowledged: int
-    missing: tuple[Testimony, ...]
+    missing: tuple[Promise, ...]
 
     @property
     def lost(self) -> int:
@@ -41,33 +41,33 @@ class Witness:
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
         self._lock = threading.Lock()
-        self._testimonies: list[Testimony] = []
+        self._promises: list[Promise] = []
 
     def acknowledged(self, kind: str, token: int, xid: int) -> None:
-        entry = Testimony(kind, token, xid, clock.monotonic())
+        entry = Promise(kind, token, xid, clock.monotonic())
         with self._lock:
             self._file.write(f"{entry.kind} {entry.token} {entry.xid} {entry.at!r}\n".encode())
-            self._testimonies.append(entry)
+            self._promises.append(entry)
 
-    def testimonies(self) -> tuple[Testimony, ...]:
+    def promises(self) -> tuple[Promise, ...]:
         with self._lock:
-            return tuple(self._testimonies)
+            return tuple(self._promises)
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_testimonies(path: Path) -> tuple[Testimony, ...]:
+def read_promises(path: Path) -> tuple[Promise, ...]:
     """The record a drill left; a last line cut short by a kill is passed over."""
     entries = []
     for line in path.read_text().splitlines(keepends=True):
         words = line.split()
         if len(words) == 4 and line.endswith("\n"):
-            entries.append(Testimony(words[0], int(words[1]), int(words[2]), float(words[3])))
+            entries.append(Promise(words[0], int(words[1]), int(words[2]), float(words[3])))
     return tuple(entries)
 
 
-def loss(testimonies: tuple[Testimony, ...], present: Mapping[str, frozenset[int]]) -> Loss:
+def loss(promises: tuple[Promise, ...], present: Mapping[str, frozenset[int]]) -> Loss:
     """Compare what was acknowledged with what a database holds (kind -> tokens)."""
-    missing = tuple(entry for entry in testimonies if entry.token not in present.get(entry.kind, frozenset()))
-    return Loss(len(testimonies), missing)
+    missing = tuple(entry for entry in promises if entry.token not in present.get(entry.kind, frozenset()))
+    return Loss(len(promises), missing)

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knockwood.drill.scorecard import Gate, Scorecard, Seconds
-from knockwood.drill.witness import Testimony, Witness, loss, read_testimonies
+from knockwood.drill.witness import Promise, Witness, loss, read_promises
 from knockwood.model import Verdict
 
 entries = st.lists(
     st.builds(
-        Testimony,
+        Promise,
         kind=st.sampled_from(["order", "payment"]),
         token=st.integers(1, 40),
         xid=st.integers(3, 1000),
@@ -24,12 +24,12 @@ entries = st.lists(
 
 
 @given(entries, st.sets(st.integers(1, 40)))
-def test_loss_is_exactly_what_is_not_there(testimonies: list[Testimony], there: set[int]) -> None:
-    found = loss(tuple(testimonies), {"order": frozenset(there)})
+def test_loss_is_exactly_what_is_not_there(promises: list[Promise], there: set[int]) -> None:
+    found = loss(tuple(promises), {"order": frozenset(there)})
     assert all(entry.kind == "payment" or entry.token not in there for entry in found.missing)
-    kept = [entry for entry in testimonies if entry not in found.missing]
+    kept = [entry for entry in promises if entry not in found.missing]
     assert all(entry.kind == "order" and entry.token in there for entry in kept)
-    assert found.acknowledged == len(testimonies)
+    assert found.acknowledged == len(promises)
 
 
 def test_the_record_is_read_back_without_a_line_cut_short(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_the_record_is_read_back_without_a_line_cut_short(tmp_path: Path) -> Non
     witness.close()
     with path.open("ab") as file:
         file.write(b"order 9 80")
-    assert [(entry.kind, entry.token, entry.xid) for entry in read_testimonies(path)] == [
+    assert [(entry.kind, entry.token, entry.xid) for entry in read_promises(path)] == [
         ("order", 7, 801),
         ("payment", 8, 802),
     ]

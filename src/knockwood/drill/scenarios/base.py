@@ -9,7 +9,7 @@ from pathlib import Path
 from knockwood.drill.sandbox import DATABASE, Sandbox
 from knockwood.drill.scorecard import Gate, Scorecard
 from knockwood.drill.story import Kind, Story
-from knockwood.drill.witness import Testimony, loss
+from knockwood.drill.witness import Promise, loss
 from knockwood.drill.workload import tokens_present
 from knockwood.host import clock, privileges
 from knockwood.integrity.check import Budget, Role, Subject
@@ -135,9 +135,9 @@ def server_facts_of(dsn: str) -> ServerFacts:
         return server_facts(connection)
 
 
-def missing(testimonies: Iterable[Testimony], *dsns: str) -> int:
+def missing(promises: Iterable[Promise], *dsns: str) -> int:
     """How many acknowledged transactions none of the databases holds."""
-    left = tuple(testimonies)
+    left = tuple(promises)
     for dsn in dsns:
         left = loss(left, tokens_present(dsn)).missing
     return len(left)

@@ -57,12 +57,12 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
         restored = clock.monotonic() - struck
         with restored_server(box) as server:
             after = check_restored(box, server, story)
-            testimonies = box.witness.testimonies()
-            lost = missing(testimonies, server.dsn(DATABASE))
+            promises = box.witness.promises()
+            lost = missing(promises, server.dsn(DATABASE))
         verified = clock.monotonic() - struck
         story.say(
             Kind.PROVED if lost == 0 else Kind.FAILED,
-            f"the witness: {len(testimonies):,} commits promised to clients, {lost} missing in the restored shop",
+            f"the witness: {len(promises):,} commits promised to clients, {lost} missing in the restored shop",
         )
         return Scorecard(
             scenario=CORRUPT_TABLE.name,
@@ -70,7 +70,7 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
             seed=seed,
             seconds=Seconds(detect, diagnosed, restored, verified),
             cause_first=bool(report.findings) and report.findings[0].check == "page_checksums",
-            acknowledged_commits=len(testimonies),
+            acknowledged_commits=len(promises),
             good_transactions_lost=lost,
             later_work_kept=0,
             failed_requests=counters.failed,
@@ -79,7 +79,7 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
             gates=(
                 gate("silent while healthy", not healthy.findings, f"{len(healthy.findings)} findings before the fault"),
                 gate("all damage named", exact, f"{len(report.findings)} findings"),
-                gate("no acknowledged commit lost", lost == 0, f"{lost} of {len(testimonies)}"),
+                gate("no acknowledged commit lost", lost == 0, f"{lost} of {len(promises)}"),
                 gate("restored cluster is clean", not after.findings, f"{len(after.findings)} findings"),
             ),
         )

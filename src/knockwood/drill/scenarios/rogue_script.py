@@ -55,11 +55,11 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
         box.workload.stop()
         with restored_server(box) as server:
             after = check_restored(box, server, story)
-            testimonies = box.witness.testimonies()
-            before = tuple(entry for entry in testimonies if entry.at < script_began)
+            promises = box.witness.promises()
+            before = tuple(entry for entry in promises if entry.at < script_began)
             lost_before = missing(before, server.dsn(DATABASE))
-            lost = missing(testimonies, server.dsn(DATABASE), box.dsn)
-            later = missing(testimonies, server.dsn(DATABASE))
+            lost = missing(promises, server.dsn(DATABASE), box.dsn)
+            later = missing(promises, server.dsn(DATABASE))
         verified = clock.monotonic() - struck
         story.say(
             Kind.PROVED if lost_before == 0 else Kind.FAILED,
@@ -73,7 +73,7 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
             seed=seed,
             seconds=Seconds(detect, diagnosed, restored, verified),
             cause_first=accused == guilty,
-            acknowledged_commits=len(testimonies),
+            acknowledged_commits=len(promises),
             good_transactions_lost=lost + lost_before,
             later_work_kept=later,
             failed_requests=counters.failed,
@@ -83,7 +83,7 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
                 gate("silent while healthy", not healthy.findings, f"{len(healthy.findings)} findings before the fault"),
                 gate("the script was found", bool(report.findings), f"{len(report.findings)} findings"),
                 gate("the right transaction accused", accused == guilty, f"accused {accused}, ran as {guilty}"),
-                gate("no acknowledged commit lost", lost + lost_before == 0, f"{lost + lost_before} of {len(testimonies)}"),
+                gate("no acknowledged commit lost", lost + lost_before == 0, f"{lost + lost_before} of {len(promises)}"),
                 gate("restored cluster is clean", not after.findings, f"{len(after.findings)} findings"),
             ),
         )
