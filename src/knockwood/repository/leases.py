@@ -14,17 +14,13 @@ matters. A holder on this machine is judged by whether its process lives.
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
-from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from knockwood.errors import (
     KnockwoodError,
@@ -35,104 +31,17 @@ from knockwood.errors import (
 )
 from knockwood.host import clock
 from knockwood.repository.storage import ObjectInfo, Storage
+from knockwood.repository.storage.holder import Holder
 
 _KEPT: Final = 2
 
 _GRANULARITY: Final = 2
 """Seconds; object stores keep times to the second."""
 
-_mine: set[str] = set()
-"""Tokens of the leases that this process holds now."""
-
 
 class _HasStorage(Protocol):
     @property
     def storage(self) -> Storage: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """Who holds a lease, and for what. `machine` tells boots and containers of one host name apart.
-
-    `started` is in clock ticks since the boot, so that setting the clock does not change it.
-    """
-
-    token: str
-    host: str
-    machine: str
-    pid: int
-    started: int | None
-    purpose: str
-    ttl: float
-
-    @classmethod
-    def own(cls, purpose: str, ttl: float) -> Holder:
-        pid = os.getpid()
-        token, host = secrets.token_hex(16), socket.gethostname()
-        return cls(token, host, _machine(), pid, _process(pid)[0], purpose, ttl)
-
-    def __str__(self) -> str:
-        return f"{self.purpose}, pid {self.pid} on {self.host}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "token": self.token,
-            "host": self.host,
-            "machine": self.machine,
-            "pid": self.pid,
-            "process_started": self.started,
-            "purpose": self.purpose,
-            "ttl_seconds": self.ttl,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Holder:
-        return cls(
-            str(value["token"]),
-            str(value["host"]),
-            str(value["machine"]),
-            int(value["pid"]),
-            value["process_started"],
-            str(value["purpose"]),
-            float(value["ttl_seconds"]),
-        )
-
-    def known_dead(self) -> bool:
-        """Whether this holder certainly does no more work: its process was on this machine and is gone."""
-        if self.machine != _machine():
-            return False
-        if self.pid == os.getpid():
-            return self.token not in _mine
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            # Another account's process, which may be hidden from us.
-            pass
-        started, state = _process(self.pid)
-        return state in ("Z", "X") or (None not in (started, self.started) and started != self.started)
-
-
-@cache
-def _machine() -> str:
-    # A pid means something only in one boot and one pid namespace: containers share host names.
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        # Like no other: then only time tells that a holder is dead.
-        return secrets.token_hex(16)
-
-
-def _process(pid: int) -> tuple[int | None, str]:
-    """When a process started (clock ticks since the boot) and its state letter, as far as we may know."""
-    try:
-        # The name, in parentheses, may hold anything: what follows the last one is fixed.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return int(fields[19]), fields[0]
-    except (OSError, ValueError, IndexError):
-        return None, "?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,11 +88,11 @@ class Lease:
         state = self._newest()
         if state.holder is not None and not self._abandoned(state, state.holder):
             raise self._held_by(state.holder)
-        _mine.add(self.holder.token)
+        self.holder.begin()
         try:
             self._advance(state.generation + 1, self.holder)
         except BaseException:
-            _mine.discard(self.holder.token)
+            self.holder.end()
             raise
         self._thread.start()
 
@@ -205,7 +114,7 @@ class Lease:
             # lease runs out.
             pass
         finally:
-            _mine.discard(self.holder.token)
+            self.holder.end()
 
     def _renew_until_released(self) -> None:
         while not self._stopping.wait(self.holder.ttl / 3):
@@ -306,7 +215,7 @@ class Lease:
         age = (self._storage_now() - state.modified).total_seconds()
         if -_GRANULARITY <= age <= holder.ttl:
             return False
-        if age > 0 and holder.machine != _machine():
+        if age > 0 and not holder.here():
             return True
         # Its process lives, here, or its time lies ahead: a clock that jumped looks the same as a
         # holder that hangs. One that works renews within a third of its ttl.
