@@ -1,0 +1,129 @@
+"""The receiver's local folder, in the form pg_receivewal keeps it.
+
+pg_receivewal goes on from the highest file it finds (segment number first, then timeline): after a
+whole one, from the start of a `.partial` one. So the last whole segment stays until there is a newer
+one, and an empty `.partial` file tells it where to begin, in every version and without a server's
+help. What it writes is renamed only when it is whole and fsynced.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from knockwood.host import files
+from knockwood.model.wal import Lsn, Timeline, TimelineHistory, WalSegment
+from knockwood.repository.walfile import valid_end
+
+_SEGMENT = re.compile(r"([0-9A-F]{24})(\.partial)?\Z")
+_HISTORY = re.compile(r"([0-9A-F]{8})\.history\Z")
+_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolFile:
+    """A segment in the spool, whole or partial."""
+
+    segment: WalSegment
+    partial: bool
+    path: Path
+
+    @property
+    def rank(self) -> tuple[int, int, bool]:
+        """The order in which pg_receivewal prefers files to go on from."""
+        return (self.segment.number, self.segment.timeline, not self.partial)
+
+    @property
+    def next_start(self) -> Lsn:
+        """Where pg_receivewal would go on after this file."""
+        return self.segment.start if self.partial else self.segment.end
+
+    def reached(self) -> Lsn:
+        """The end of the WAL in the file, which nobody may be writing now."""
+        return valid_end(self.path, self.segment) if self.partial else self.segment.end
+
+
+@dataclass(frozen=True, slots=True)
+class Spool:
+    """A folder of segments not yet known to be in the repository."""
+
+    folder: Path
+    segment_bytes: int
+
+    def files(self) -> list[SpoolFile]:
+        """Every segment file, lowest rank first."""
+        found: list[SpoolFile] = []
+        with files.translated(self.folder):
+            names = os.listdir(self.folder)
+        for name in names:
+            match = _SEGMENT.match(name)
+            if match is None:
+                continue
+            try:
+                segment = WalSegment.parse(match[1], self.segment_bytes)
+            except ValueError:
+                continue
+            found.append(SpoolFile(segment, match[2] is not None, self.folder / name))
+        return sorted(found, key=lambda file: file.rank)
+
+    def histories(self) -> Iterator[tuple[Timeline, str]]:
+        """The history files that pg_receivewal fetched, with their text."""
+        for path in sorted(self.folder.iterdir()):
+            match = _HISTORY.match(path.name)
+            if match is not None:
+                yield (
+                    Timeline(int(match[1], 16)),
+                    path.read_text(encoding="utf-8", errors="surrogateescape"),
+                )
+
+    def history(self, timeline: Timeline) -> TimelineHistory | None:
+        """A timeline's ancestry as far as the spool knows it."""
+        for found, text in self.histories():
+            if found == timeline:
+                try:
+                    return TimelineHistory.parse(timeline, text)
+                except ValueError:
+                    return None
+        return None
+
+    def mend(self) -> list[str]:
+        """Make the folder one that pg_receivewal goes on with; says what was done.
+
+        It is killed while it fills a new file with zeros, or the disk is full: then the file has a
+        size that it refuses later. Zeros are removed; anything else is set aside, never deleted.
+        """
+        done: list[str] = []
+        for file in self.files():
+            with files.translated(file.path):
+                size = file.path.stat().st_size
+            if size == self.segment_bytes or (file.partial and size == 0):
+                continue
+            if not any(any(chunk) for chunk in files.read_chunks(file.path)):
+                self.remove(file)
+                done.append(f"removed {file.path.name}, which held only zeros")
+                if file.partial:
+                    # Its start is still where to go on from.
+                    self.seed(file.segment)
+                continue
+            aside = file.path.with_name(f"{file.path.name}.aside-{file.path.stat().st_mtime_ns}")
+            with files.translated(aside):
+                file.path.rename(aside)
+                files.fsync_file(self.folder)
+            done.append(f"set {file.path.name} aside: {size} bytes instead of {self.segment_bytes}")
+        return done
+
+    def seed(self, segment: WalSegment) -> None:
+        """Make `segment` the one where pg_receivewal begins, provided nothing ranks higher."""
+        path = self.folder / f"{segment.name}{_SUFFIX}"
+        with files.translated(path):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+            files.fsync_file(self.folder)
+
+    def remove(self, file: SpoolFile) -> None:
+        """Delete a file whose content is in the repository, or that has none."""
+        with files.translated(file.path):
+            file.path.unlink(missing_ok=True)
+            files.fsync_file(self.folder)
