@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -16,6 +17,9 @@ from knockwood.repository.storage.names import checked, checked_prefix
 
 _LEFTOVER_SECONDS: Final = 24 * 3600
 """An unfinished write that nobody added to for so long belongs to a process that was killed."""
+
+_ABSENT: Final = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""How the system says that there is no file of that name."""
 
 
 class LocalStorage:
@@ -38,7 +42,7 @@ class LocalStorage:
     def put_new(self, name: str, chunks: Iterable[Chunk]) -> int:
         path = self._path(name)
         with files.translated(path):
-            exists = path.exists()
+            exists = path.is_file()
         if exists:
             # Whoever wrote it may have been killed before its name was durable, and our caller may
             # take "already stored" for leave to drop the original.
@@ -54,7 +58,7 @@ class LocalStorage:
             with files.translated(path):
                 yield from files.read_chunks(path, start=start, end=end)
         except HostError as error:
-            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            if isinstance(error.__cause__, _ABSENT):
                 raise ObjectMissingError("no such object", where=str(path)) from error
             raise
 
@@ -75,7 +79,7 @@ class LocalStorage:
                 entries = sorted(
                     (entry.name + "/" if entry.is_dir() else entry.name) for entry in folder.iterdir()
                 )
-            except (FileNotFoundError, NotADirectoryError):
+            except _ABSENT:
                 return
         for entry in entries:
             name = above + entry
@@ -95,7 +99,7 @@ class LocalStorage:
         with files.translated(path):
             try:
                 path.unlink()
-            except (FileNotFoundError, NotADirectoryError):
+            except _ABSENT:
                 return
             files.fsync_file(path.parent)
 
@@ -118,7 +122,9 @@ class LocalStorage:
 def _info(name: str, path: Path) -> ObjectInfo | None:
     try:
         status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except _ABSENT:
+        return None
+    if not stat.S_ISREG(status.st_mode):
         return None
     return ObjectInfo(name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 

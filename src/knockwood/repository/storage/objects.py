@@ -31,6 +31,7 @@ from knockwood.errors import (
 )
 from knockwood.host import clock
 from knockwood.host.files import Chunk
+from knockwood.repository.pipe import Pipe, PipeBrokenError
 from knockwood.repository.storage.base import ObjectInfo
 from knockwood.repository.storage.failures import translate
 from knockwood.repository.storage.holder import Holder
@@ -156,38 +157,37 @@ class ObjectStorage:
         return info is not None and info.bytes == len(data) and b"".join(self.read(name)) == data
 
     def _put_big(self, name: str, begin: list[bytes], rest: Iterator[Chunk]) -> int:
-        size = 0
-        source_failure: list[BaseException] = []
+        # The client runs in a thread of its own: what the source does, which may be a request to an
+        # object store, cannot be done in the midst of a request.
+        def upload(pipe: Pipe) -> None:
+            obstore.put(
+                self._store,
+                name,
+                iter(lambda: pipe.read(_READ_BYTES), b""),
+                use_multipart=True,
+                chunk_size=self._part_bytes,
+                max_concurrency=_UPLOADS,
+            )
 
-        def parts(still_ours: Callable[[], None]) -> Iterator[bytes]:
-            nonlocal size
+        size = 0
+        with self._claim(name) as still_ours:
+            pipe = Pipe(upload, "upload")
             try:
                 while begin:
                     size += len(begin[0])
-                    yield begin.pop(0)
+                    pipe.offer(begin.pop(0))
                 for chunk in rest:
                     size += len(chunk)
-                    yield bytes(chunk)
+                    pipe.offer(bytes(chunk))
                 still_ours()
-            except BaseException as error:
-                source_failure.append(error)
-                raise
-
-        with self._claim(name) as still_ours:
-            try:
-                obstore.put(
-                    self._store,
-                    name,
-                    parts(still_ours),
-                    use_multipart=True,
-                    chunk_size=self._part_bytes,
-                    max_concurrency=_UPLOADS,
-                )
-            except Exception as error:
-                if source_failure:
-                    # The source's own error, not what the client made of it.
-                    raise source_failure[0] from None
-                raise translate(error, self._where(name)) from error
+                pipe.end_of_input()
+                pipe.finish()
+            except PipeBrokenError as broken:
+                if not isinstance(broken.cause, Exception):
+                    raise broken.cause from None
+                raise translate(broken.cause, self._where(name)) from broken.cause
+            finally:
+                pipe.abandon()
             stored = self.info(name)
         if stored is None or stored.bytes != size:
             raise RepositoryError("the object store did not keep what was written", where=self._where(name))
