@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
@@ -13,6 +14,10 @@ from pathlib import Path
 from knockwood.errors import HostError, NoSpaceError, ObjectExistsError
 
 Chunk = bytes | bytearray | memoryview
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
 
 
 def fsync_file(path: Path) -> None:
@@ -52,13 +57,33 @@ def write_new(path: Path, chunks: Iterable[Chunk], mode: int = 0o600) -> int:
         try:
             size = _write(temporary, chunks, mode)
             try:
-                os.link(temporary, path)
+                _name_it(temporary, path)
             except FileExistsError:
+                # Its writer may have been killed before the name was durable.
+                fsync_file(path.parent)
                 raise ObjectExistsError("already stored", where=str(path)) from None
             fsync_file(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     return size
+
+
+def _name_it(temporary: Path, path: Path) -> None:
+    """Give a finished file its name; raises FileExistsError if that is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # Over NFS a request that succeeded may be repeated and then told that the name is taken.
+        if temporary.stat().st_nlink != 2:
+            raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # File systems without hard links (FAT, some network and user-space ones).
+        encoded = os.fsencode(temporary), os.fsencode(path)
+        if _libc.renameat2(_AT_FDCWD, encoded[0], _AT_FDCWD, encoded[1], _RENAME_NOREPLACE) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
