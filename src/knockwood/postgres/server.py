@@ -93,8 +93,10 @@ class LocalServer:
         words = {"host": str(self.socket_directory), "port": str(self.port), "dbname": database, "user": user}
         return " ".join(f"{key}={_quoted(value)}" for key, value in (words | extra).items())
 
-    def start(self, timeout: float = 60, until: Literal["ready", "standby"] = "ready") -> None:
+    def start(self, timeout: float = 60, until: Literal["ready", "standby", "launched"] = "ready") -> None:
         """Start and wait until connections are taken; with `standby` also a hot standby counts.
+
+        With `launched` it does not wait: recovery may take hours, and the caller follows it.
 
         Raises PostgresError with the log's last lines if the server ends or the time is up.
         """
@@ -124,7 +126,8 @@ class LocalServer:
                 stderr=log,
                 death_signal=signal.SIGQUIT,
             )
-        self._wait(timeout, until)
+        if until != "launched":
+            self._wait(timeout, until)
 
     def _remove_stale_lock(self) -> None:
         # A killed postmaster whose parent is gone can stay a zombie where process 1 reaps nothing;

@@ -1,0 +1,274 @@
+"""Make a clone: a restored cluster at an exact LSN, paused, isolated, and proven to be all that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
+
+from knockwood.clone import goal as goals
+from knockwood.clone.goal import Goal
+from knockwood.clone.recovery import Recovery, UnreadableError
+from knockwood.clone.registry import Entry, Registry, sign
+from knockwood.clone.spool import Spool, refuse_new_tablespaces
+from knockwood.clone.workspace import Workspace
+from knockwood.errors import RefusedError, UnsupportedVersionError, WrongSystemError
+from knockwood.host import clock, files, privileges, processes
+from knockwood.host.privileges import Account
+from knockwood.model.wal import Lsn
+from knockwood.postgres.binaries import Programs, find_programs
+from knockwood.postgres.server import LocalServer
+from knockwood.repository.archive import WalArchive
+from knockwood.repository.backups.fetch import fetch_chain
+from knockwood.repository.backups.model import Progress
+from knockwood.repository.repository import Repository
+
+if TYPE_CHECKING:
+    from knockwood.repository.targets import RestorePlan
+
+Report = Callable[[Progress], None]
+Unreadable = Literal["promote", "fail"]
+
+_MARGIN = 128 * 1024 * 1024
+_REPLAY_WAL = 4 * 1024 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds: files of the backup, WAL into the spool, replay to the goal."""
+
+    fetch: float = 0.0
+    wal: float = 0.0
+    replay: float = 0.0
+
+
+@dataclass(slots=True)
+class Clone:
+    """A restored cluster that stands at `reached_lsn`, read-only and paused unless `promoted`.
+
+    Its server is a child of this process. As a context manager it is destroyed at the end.
+    """
+
+    repository: Repository
+    plan: RestorePlan
+    workspace: Workspace
+    recovery: Recovery
+    spool: Spool
+    unreadable: Unreadable = "promote"
+    keep: bool = False
+    entry: Entry | None = None
+    reached_lsn: Lsn = field(default_factory=lambda: Lsn(0))
+    promoted: bool = False
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def server(self) -> LocalServer:
+        return self.recovery.server
+
+    @property
+    def data_directory(self) -> Path:
+        return self.workspace.data
+
+    @property
+    def programs(self) -> Programs:
+        return self.server.programs
+
+    def dsn(self, database: str = "postgres") -> str:
+        """A connection string, as a superuser of the restored cluster whatever its name."""
+        return self.recovery.dsn(database)
+
+    def advance(self, plan: RestorePlan, progress: Report | None = None) -> Lsn:
+        """Replay on to a later goal of the same cluster; the position reached.
+
+        Raises RefusedError for an earlier goal or a promoted clone: those need a clone of their own.
+        """
+        if self.promoted:
+            raise RefusedError("a promoted clone cannot replay on", hint="make a new clone instead")
+        system = self.plan.chain[-1].system_identifier
+        if plan.chain[-1].system_identifier != system:
+            raise WrongSystemError("the plan is for another cluster")
+        if plan.target_lsn is None or plan.target_lsn < self.reached_lsn:
+            raise RefusedError(
+                f"the clone has replayed to {self.reached_lsn} already, past {Goal.of(plan)}",
+                hint="make a new clone for the earlier point",
+            )
+        self.server.stop("fast")
+        self.fill_spool(plan, progress)
+        self.plan = plan
+        return self.replay(progress)
+
+    def fill_spool(self, plan: RestorePlan, progress: Report | None = None, workers: int = 4) -> None:
+        """Fetch the plan's WAL and histories, and refuse WAL that would write outside of the clone."""
+        began = clock.monotonic()
+        archive = WalArchive(self.repository)
+        needed = len(self.spool.missing(plan.wal)) * archive.segment_bytes
+        files.require_space(self.workspace.root, needed + min(needed, _REPLAY_WAL) + _MARGIN, "the WAL")
+        self.spool.fetch_histories(archive, plan.histories)
+        self.spool.fetch(archive, plan.wal, workers=workers, progress=progress)
+        refuse_new_tablespaces(self.programs, self.spool.folder, (piece.segment for piece in plan.wal))
+        self.timings.wal = clock.monotonic() - began
+
+    def replay(self, progress: Report | None = None) -> Lsn:
+        """Run recovery to the plan's goal; the position reached, asserted."""
+        began = clock.monotonic()
+        goal = Goal.of(self.plan)
+        order = {piece.segment.name: number for number, piece in enumerate(self.plan.wal)}
+
+        def watch(segment: str) -> None:
+            if progress is not None and segment in order:
+                size = self.plan.wal[0].segment.bytes
+                progress(Progress(order[segment] * size, len(order) * size, "replay"))
+
+        try:
+            self.reached_lsn = self.recovery.run(goal, watch=watch)
+        except UnreadableError:
+            if self.unreadable == "fail":
+                raise
+            # The data is exactly what was asked for; only the pause cannot be had.
+            self.reached_lsn = self.recovery.run(goal, promote=True, watch=watch)
+            self.promoted = True
+        self.timings.replay = clock.monotonic() - began
+        return self.reached_lsn
+
+    def promote(self) -> None:
+        """Open the clone for writes, on a timeline of its own; it can never replay on after that."""
+        if not self.promoted:
+            self.recovery.promote()
+            self.promoted = True
+
+    def stop(self) -> None:
+        """Shut the server down and keep the files."""
+        self.server.stop("fast")
+
+    def destroy(self) -> None:
+        """Stop the server and remove everything, or with `keep` only what the registry knows of it."""
+        self.server.stop("fast" if self.keep else "immediate")
+        if self.entry is None:
+            return
+        if self.keep:
+            self.entry.close()
+        else:
+            self.entry.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.destroy()
+
+
+def make(
+    repository: Repository,
+    plan: RestorePlan,
+    workspace: Workspace,
+    programs: Programs,
+    sockets: Path,
+    unreadable: Unreadable = "promote",
+) -> Clone:
+    """A clone of which nothing is fetched yet; UnsupportedVersionError for programs of another version."""
+    major = plan.chain[-1].major
+    if programs.major != major:
+        raise UnsupportedVersionError(
+            f"the backup is of PostgreSQL {major}, the programs are of {programs.major}",
+            where=str(programs.folder),
+        )
+    server = LocalServer(
+        programs,
+        workspace.data,
+        account=workspace.account,
+        settings={"config_file": str(workspace.config)},
+        log_path=workspace.log,
+    )
+    recovery = Recovery(workspace, server, {}, sockets)
+    return Clone(repository, plan, workspace, recovery, Spool(workspace.spool, workspace.account), unreadable)
+
+
+def require_room(root: Path, plan: RestorePlan) -> None:
+    """Raise NoSpaceError unless the backup, its WAL and some room to work fit where `root` is or will be.
+
+    An incremental chain is unpacked before it is combined, so it needs the full backup's size once more.
+    """
+    chain = plan.chain
+    backup = sum(link.raw_bytes for link in chain) + (chain[0].raw_bytes if len(chain) > 1 else 0)
+    wal = sum(piece.segment.bytes for piece in plan.wal)
+    files.require_space(root, backup + wal + min(wal, _REPLAY_WAL) + _MARGIN, "the restored cluster")
+
+
+def fetch(
+    clone: Clone, purpose: str, *, tablespaces: Path, progress: Report | None = None, workers: int = 4
+) -> None:
+    """Bring backup and WAL into the workspace and settle the server's configuration but for the goal."""
+    began = clock.monotonic()
+    workspace, chain = clone.workspace, clone.plan.chain
+    fetch_chain(
+        clone.repository,
+        chain,
+        workspace.data,
+        account=workspace.account,
+        programs=clone.programs,
+        tablespace_root=tablespaces,
+        workers=workers,
+        progress=progress,
+    )
+    workspace.detach()
+    control = control_data(clone.programs, workspace.data)
+    needed = goals.required_at_least(control, chain[-1].settings)
+    clone.recovery.settings = goals.isolation_settings(clone.programs.major, workspace.root, purpose, needed)
+    clone.recovery.settings |= goals.commit_timestamps(control)
+    clone.timings.fetch = clock.monotonic() - began
+    clone.fill_spool(clone.plan, progress, workers)
+
+
+def control_data(programs: Programs, data_directory: Path) -> dict[str, str]:
+    """What pg_control says, by pg_controldata's labels."""
+    command: list[str | Path] = [programs.path("pg_controldata"), "-D", data_directory]
+    return goals.parse_control_data(processes.run(command, env={"LC_ALL": "C"}, timeout=60).out)
+
+
+def spawn(
+    repository: Repository,
+    plan: RestorePlan,
+    *,
+    into: Path | None = None,
+    programs: Programs | None = None,
+    purpose: str,
+    progress: Report | None = None,
+    keep: bool = False,
+    account: Account | None = None,
+    read_only: bool = True,
+    settings: Mapping[str, str] | None = None,
+    unreadable: Unreadable = "promote",
+    workers: int = 4,
+    registry: Registry | None = None,
+) -> Clone:
+    """Restore the plan into a throw-away cluster that stands paused at the plan's target.
+
+    `into` is a folder that does not exist or is empty; by default one of the registry's. `settings`
+    beat the clone's own (such as shared_preload_libraries, empty otherwise). `unreadable` says what
+    happens where PostgreSQL cannot pause: a promoted, read-only clone of the same data, or UnreadableError.
+    Raises NoSpaceError before anything is written, RecoveryFailedError if the target was not reached.
+    """
+    programs = programs or find_programs(plan.chain[-1].major)
+    entry = (registry or Registry()).enter(purpose, into)
+    try:
+        workspace = Workspace(entry.record.root, account or privileges.server_account())
+        clone = make(repository, plan, workspace, programs, entry.record.socket_directory, unreadable)
+        clone.entry = entry
+        require_room(workspace.root, plan)
+        workspace.create(lambda: sign(entry.record))
+    except BaseException:
+        entry.remove()
+        raise
+    try:
+        fetch(clone, purpose, tablespaces=workspace.tablespaces, progress=progress, workers=workers)
+        clone.recovery.settings |= goals.throw_away_settings(read_only) | dict(settings or {})
+        clone.replay(progress)
+    except BaseException:
+        clone.destroy()
+        raise
+    clone.keep = keep
+    return clone
