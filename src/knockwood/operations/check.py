@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from knockwood.clone import spawn
+from knockwood.clone.spawn import spawn
 from knockwood.errors import KnockwoodError, RepositoryError
 from knockwood.integrity.check import Budget, CheckResult, NotChecked, Role, Weight
 from knockwood.integrity.registry import select

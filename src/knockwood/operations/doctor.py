@@ -21,8 +21,8 @@ from knockwood.postgres.connection import (
 )
 
 EXTENSIONS = {
-    "amcheck": "the heap and btree checks",
-    "pg_visibility": "the visibility map check",
+    "amcheck": "the heap and index checks need it",
+    "pg_visibility": "the visibility map check needs it",
 }
 
 
@@ -206,7 +206,7 @@ def _extensions(connection: Connection, cluster: Cluster) -> Iterator[Prerequisi
         databases = [
             str(row[0])
             for row in connection.execute(
-                "select datname from pg_catalog.pg_database where datallowconn and not datistemplate order by 1"
+                "select datname from pg_catalog.pg_database where datallowconn order by 1"
             )
         ]
     missing: dict[str, list[str]] = {name: [] for name in EXTENSIONS}
@@ -224,7 +224,7 @@ def _extensions(connection: Connection, cluster: Cluster) -> Iterator[Prerequisi
     for name, purpose in EXTENSIONS.items():
         lacking = missing[name]
         verdict = Verdict.BROKEN if lacking else Verdict.NOT_CHECKED if unseen else Verdict.HELD
-        detail = f"{purpose} need it" + (f"; missing in {', '.join(lacking)}" if lacking else "")
+        detail = purpose + (f"; missing in {', '.join(lacking)}" if lacking else "")
         remedy = "; ".join(f"\\c {database} \n CREATE EXTENSION {name}" for database in lacking)
         yield Prerequisite(f"extension {name}", verdict, detail, remedy.replace(" \n ", "; "))
 

@@ -83,7 +83,7 @@ def prepare(name: str, dsn: str, repository: str, data_directory: Path | None, r
         databases = [
             str(row[0])
             for row in connection.execute(
-                "select datname from pg_catalog.pg_database where datallowconn and not datistemplate order by 1"
+                "select datname from pg_catalog.pg_database where datallowconn order by 1"
             )
         ]
         maintenance = connection.info.dbname

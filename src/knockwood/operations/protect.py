@@ -1,0 +1,97 @@
+"""Keep a cluster's copies complete: receive its WAL, take base backups, forget the old ones."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from knockwood.errors import LockHeldError
+from knockwood.operations.cluster import Cluster
+from knockwood.postgres.connection import connect, translated
+from knockwood.repository import receive
+from knockwood.repository.backups.model import Backup
+from knockwood.repository.backups.take import Effort, OnProgress, take_backup
+from knockwood.repository.receive import Receiver, ReceiverEvent
+from knockwood.repository.repository import Repository
+
+OnEvent = Callable[[ReceiverEvent], None]
+
+
+def receiver(cluster: Cluster, repository: Repository, on_event: OnEvent | None = None) -> Receiver:
+    """The receiver as the settings want it; nothing runs yet."""
+    wal = cluster.settings.wal
+    programs = cluster.programs(cluster.facts().major) if cluster.settings.programs else None
+    return Receiver(
+        repository,
+        cluster.dsn,
+        cluster.spool,
+        slot=wal.slot,
+        synchronous=wal.synchronous,
+        programs=programs,
+        partial_every=wal.partial_every.total_seconds(),
+        on_event=on_event or (lambda _: None),
+    )
+
+
+def receive_forever(cluster: Cluster, on_event: OnEvent, stop: threading.Event) -> None:
+    """Receive WAL in the foreground until `stop` is set; raises LockHeldError if another does it."""
+    receiver(cluster, cluster.repository(), on_event).run(stop)
+
+
+@contextmanager
+def receiving(cluster: Cluster, repository: Repository) -> Iterator[Receiver]:
+    """Receive WAL beside the block."""
+    with receive.receiving(receiver(cluster, repository)) as running:
+        yield running
+
+
+@contextmanager
+def wal_arriving(cluster: Cluster, repository: Repository) -> Iterator[None]:
+    """Make sure that WAL reaches the repository while the block runs.
+
+    Where a receiver is at work already, or the server pushes by archive_command, nothing is added.
+    """
+    if _pushes(cluster):
+        yield
+        return
+    running = receive.receiving(receiver(cluster, repository))
+    try:
+        running.__enter__()
+    except LockHeldError:
+        yield  # another process receives
+        return
+    try:
+        yield
+    finally:
+        running.__exit__(None, None, None)
+
+
+def _pushes(cluster: Cluster) -> bool:
+    with connect(cluster.dsn) as connection, translated():
+        row = connection.execute(
+            "select pg_catalog.current_setting('archive_mode') <> 'off'"
+            " and pg_catalog.current_setting('archive_command', true) like '%knockwood%wal push%'"
+        ).fetchone()
+    return bool(row and row[0])
+
+
+def take(
+    cluster: Cluster,
+    repository: Repository | None = None,
+    *,
+    incremental: bool = False,
+    progress: OnProgress | None = None,
+    wal_timeout: float = 300,
+) -> Backup:
+    """Take a base backup, complete with the WAL that makes it consistent, or raise and list nothing."""
+    store = repository or cluster.repository()
+    backup = cluster.settings.backup
+    effort = Effort(
+        level=backup.compression_level,
+        workers=backup.workers or os.cpu_count() or 1,
+        wal_timeout=wal_timeout,
+    )
+    with wal_arriving(cluster, store):
+        return take_backup(store, cluster.dsn, incremental=incremental, progress=progress, effort=effort)
