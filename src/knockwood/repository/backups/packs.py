@@ -310,7 +310,7 @@ class PackWriter:
         found: zstd.ZstdCompressor | None = getattr(self._local, "compressor", None)
         if found is None:
             parameter = zstd.CompressionParameter
-            options = {parameter.compression_level: self._level, parameter.checksum_flag: 1}
+            options: dict[int, int] = {parameter.compression_level: self._level, parameter.checksum_flag: 1}
             found = self._local.compressor = zstd.ZstdCompressor(options=options)
         return found
 

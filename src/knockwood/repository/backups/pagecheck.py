@@ -95,7 +95,7 @@ class FileCheck:
                 numbers = np.frombuffer(content, "<u4", count, 12).astype(np.int64)
                 self._incremental = numbers + self._relation.first_block
                 self._header_bytes = used + (-used % PAGE_BYTES if count else 0)
-                return count > 0
+                return bool(count)
         self._check.suspect(self._relation.path, -1, "not a valid header of an incremental file")
         return False
 

@@ -65,15 +65,14 @@ OnProgress = Callable[[Progress], None]
 class Effort:
     """How a backup is made. `wal_timeout` in seconds: how long to wait until the archive has its WAL.
 
-    `checkpoint` fast begins at once, spread is gentler on a busy server. With `manifest_checksums`
-    CRC32C or SHA256 the server also checksums each file for pg_verifybackup; every stored object has
-    a sha256 of ours in any case.
+    `checkpoint` fast begins at once, spread is gentler on a busy server. `manifest_checksums` are the
+    server's own, for pg_verifybackup after a restore; every stored object has a sha256 in any case.
     """
 
     level: int = 1
     workers: int = 2
     checkpoint: Literal["fast", "spread"] = "fast"
-    manifest_checksums: Literal["NONE", "CRC32C", "SHA256"] = "NONE"
+    manifest_checksums: Literal["NONE", "CRC32C", "SHA256"] = "CRC32C"
     wal_timeout: float = 300.0
 
 
@@ -200,7 +199,7 @@ class _Run:
                     hint="was it promoted? take the backup again",
                 )
             health = check.health(started.lsn, self._read_again)
-            members = _put_plain(self.repository, self.folder + "members.jsonl", _chunks(index.buffer))
+            members = _put_plain(self.repository, self.folder + "members.jsonl", _chunks(index))
             kept = _put_plain(self.repository, self.folder + "backup_manifest", _chunks(manifest))
             stored = self.repository.put(self.folder + "relations.jsonl", relations.chunks())
         objects = (*packs, members, kept)
@@ -386,7 +385,7 @@ class _RelationCollector:
         if self._thread.ident is not None:
             self._thread.join()
         self._file.flush()
-        yield from _chunks(self._file.buffer)
+        yield from _chunks(self._file)
 
     def _collect(self) -> None:
         known = {database.name: database for database in self._known}
@@ -420,7 +419,7 @@ def _put_plain(repository: Repository, name: str, chunks: Iterable[bytes]) -> Pa
     return Pack(full, stored.bytes, raw.bytes, stored.sha256)
 
 
-def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+def _chunks(file: IO[bytes] | TextIOWrapper) -> Iterator[bytes]:
     file.seek(0)
     while data := file.read(1 << 20):
-        yield data
+        yield data.encode() if isinstance(data, str) else data

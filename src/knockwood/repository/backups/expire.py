@@ -1,0 +1,227 @@
+"""Retention: a pure plan of what may go, and its execution in an order that a crash cannot spoil."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from knockwood.errors import KnockwoodError
+from knockwood.host import clock
+from knockwood.model import Lsn, Timeline, Verdict, WalRange, WalSegment
+from knockwood.repository.archive import WalArchive
+from knockwood.repository.backups.listing import COMMIT_MARK, scan_backups
+from knockwood.repository.backups.model import Backup
+from knockwood.repository.backups.take import LEASE, remove_leftovers, remove_objects
+from knockwood.repository.inventory import ArchiveInventory
+from knockwood.repository.leases import lease
+from knockwood.repository.repository import Repository
+
+
+@dataclass(frozen=True, slots=True)
+class ExpiryPlan:
+    """What goes and why the rest stays.
+
+    `remove` is ordered so that no backup goes before those that build on it. `remove_wal` holds whole
+    segments only; `kept` maps the id of each kept backup to the reason.
+    """
+
+    remove: tuple[Backup, ...]
+    remove_wal: tuple[WalSegment, ...]
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def wal_ranges(self) -> tuple[WalRange, ...]:
+        """The WAL to be removed, neighbours joined."""
+        ranges: list[WalRange] = []
+        for segment in sorted(self.remove_wal):
+            if ranges and ranges[-1].timeline == segment.timeline and ranges[-1].end == segment.start:
+                ranges[-1] = WalRange(segment.timeline, ranges[-1].start, segment.end)
+            else:
+                ranges.append(WalRange(segment.timeline, segment.start, segment.end))
+        return tuple(ranges)
+
+
+def plan_expiry(
+    backups: Sequence[Backup],
+    proofs: Iterable[Any],
+    inventory: ArchiveInventory,
+    *,
+    keep_time: timedelta | None,
+    keep_count: int | None,
+    now: datetime,
+) -> ExpiryPlan:
+    """Decide what retention no longer needs. Pure.
+
+    `keep_time`: every moment of that long ago until now stays restorable, so the newest backup before
+    it stays too. `keep_count`: so many of the newest full backups stay, with all that build on them.
+    With both, what either keeps stays; with none, nothing goes. In any case the newest backup stays,
+    the newest without known damage, the newest that a proof found clean, and every chain whole. WAL
+    goes only if it is older than the start of every kept backup, on their own timelines and the
+    timelines they came from.
+    """
+    kept = _wanted(backups, list(proofs), keep_time, keep_count, now)
+    by_id = {backup.id: backup for backup in backups}
+    for id in list(kept):
+        parent = by_id[id].parent
+        while parent is not None and parent in by_id:
+            kept.setdefault(parent, f"{id} builds on it")
+            parent = by_id[parent].parent
+    # The newest first: an incremental backup is newer than what it builds on.
+    remove = tuple(backup for backup in reversed(_ordered(backups)) if backup.id not in kept)
+    remaining = [backup for backup in backups if backup.id in kept]
+    return ExpiryPlan(remove, _wal(remaining, inventory) if remove else (), kept)
+
+
+def _ordered(backups: Iterable[Backup]) -> list[Backup]:
+    """Oldest first, and no backup before the one it builds on."""
+    known = {backup.id: backup for backup in backups}
+
+    def depth(backup: Backup) -> int:
+        steps, seen = 0, {backup.id}
+        while backup.parent in known and backup.parent not in seen:
+            backup = known[backup.parent]
+            seen.add(backup.id)
+            steps += 1
+        return steps
+
+    return sorted(known.values(), key=lambda backup: (backup.finished_at, depth(backup), backup.id))
+
+
+def _wanted(
+    backups: Sequence[Backup],
+    proofs: list[Any],
+    keep_time: timedelta | None,
+    keep_count: int | None,
+    now: datetime,
+) -> dict[str, str]:
+    if keep_time is None and keep_count is None:
+        return {backup.id: "no retention is set" for backup in backups}
+    ordered = _ordered(backups)
+    kept: dict[str, str] = {}
+    if ordered:
+        kept[ordered[-1].id] = "it is the newest"
+    healthy = [backup for backup in ordered if backup.health.verdict != Verdict.BROKEN]
+    if healthy:
+        kept.setdefault(healthy[-1].id, "it is the newest without known damage")
+    clean = _proved_clean(proofs)
+    proved = [backup for backup in ordered if backup.id in clean]
+    if proved:
+        kept.setdefault(proved[-1].id, "it is the newest that was proved clean")
+    if keep_time is not None:
+        _keep_time(ordered, now - keep_time, kept)
+    if keep_count is not None:
+        _keep_count(ordered, keep_count, kept)
+    return kept
+
+
+def _keep_time(ordered: list[Backup], since: datetime, kept: dict[str, str]) -> None:
+    for backup in ordered:
+        if backup.finished_at >= since:
+            kept.setdefault(backup.id, f"it was taken after {since:%Y-%m-%d %H:%M}")
+    # Damage must not be all that is left to restore the oldest moment from.
+    older = [backup for backup in ordered if backup.finished_at < since]
+    sound = [backup for backup in older if backup.health.verdict != Verdict.BROKEN]
+    for backup in (older[-1:], sound[-1:]):
+        for one in backup:
+            kept.setdefault(one.id, f"{since:%Y-%m-%d %H:%M} is restored from it")
+
+
+def _keep_count(ordered: list[Backup], count: int, kept: dict[str, str]) -> None:
+    full = [backup for backup in ordered if backup.kind == "full"]
+    sound = [backup for backup in full if backup.health.verdict != Verdict.BROKEN]
+    newest = sound[-count:] if count > 0 else []
+    if newest:
+        oldest = newest[0].finished_at
+        for backup in ordered:
+            if backup.finished_at >= oldest:
+                kept.setdefault(backup.id, f"the newest {count} full backups stay")
+
+
+def _proved_clean(proofs: list[Any]) -> set[str]:
+    # Proofs are written elsewhere: what is not understood proves nothing.
+    clean = set()
+    for proof in proofs:
+        if isinstance(proof, Mapping) and proof.get("verdict") == str(Verdict.HELD):
+            backup = proof.get("backup")
+            if isinstance(backup, str):
+                clean.add(backup)
+    return clean
+
+
+def _wal(remaining: Sequence[Backup], inventory: ArchiveInventory) -> tuple[WalSegment, ...]:
+    if not remaining:
+        return ()
+    # Any kept backup may be restored along any timeline that branched off later, so only WAL before
+    # the earliest start of all is free to go, whatever its timeline.
+    earliest: Lsn = min(backup.start_lsn for backup in remaining)
+    removable = []
+    for timeline, numbers in inventory.segments.items():
+        for number in numbers:
+            segment = WalSegment(Timeline(timeline), number, inventory.segment_bytes)
+            if segment.end <= earliest:
+                removable.append(segment)
+    return tuple(sorted(removable))
+
+
+def read_proofs(repository: Repository) -> list[Any]:
+    """Every proof that can be read; one that cannot proves nothing."""
+    found = []
+    for info in list(repository.storage.list("proofs/")):
+        if info.name.endswith(".json"):
+            try:
+                found.append(repository.get_json(info.name))
+            except KnockwoodError:
+                continue
+    return found
+
+
+def expire(
+    repository: Repository,
+    *,
+    keep_time: timedelta | None = None,
+    keep_count: int | None = None,
+    apply: bool = False,
+    on_removed: Callable[[str], None] | None = None,
+    now: datetime | None = None,
+) -> ExpiryPlan:
+    """Plan the expiry, and with `apply` carry it out; a killed run is finished by the next.
+
+    A backup's description goes first, so that one half gone is never listed; WAL goes last, when no
+    listed backup needs it, the oldest first, so that what remains has no hole. Raises LockHeldError
+    while a backup is taken or another expiry runs.
+    """
+    with lease(repository, LEASE, "expiring backups") as held:
+        backups, unreadable = scan_backups(repository)
+        inventory = WalArchive(repository).inventory()
+        plan = plan_expiry(
+            backups,
+            read_proofs(repository),
+            inventory,
+            keep_time=keep_time,
+            keep_count=keep_count,
+            now=now or clock.now().astimezone(UTC),
+        )
+        if unreadable:
+            # Which WAL an unreadable backup needs is unknown: none goes.
+            plan = ExpiryPlan(plan.remove, (), plan.kept)
+        if apply:
+            for backup in plan.remove:
+                held.assert_held()
+                repository.storage.delete(backup.folder + COMMIT_MARK)
+                if on_removed is not None:
+                    on_removed(backup.id)
+            for backup in plan.remove:
+                remove_objects(repository, backup.id)
+            remove_leftovers(repository)
+            _remove_wal(repository, plan, inventory)
+        return plan
+
+
+def _remove_wal(repository: Repository, plan: ExpiryPlan, inventory: ArchiveInventory) -> None:
+    doomed = {segment.name for segment in plan.remove_wal}
+    for info in list(repository.storage.list("wal/")):
+        name = info.name.rsplit("/", 1)[-1].split(".", 1)[0]
+        if name in doomed and not info.name.startswith("wal/partial/"):
+            repository.storage.delete(info.name)
