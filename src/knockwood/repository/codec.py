@@ -90,9 +90,9 @@ def _decompress(chunks: Iterable[bytes]) -> Iterator[bytes]:
 class Counted:
     """An iterator that passes chunks on and keeps their `bytes` and `sha256` (hexadecimal) so far."""
 
-    def __init__(self, chunks: Iterable[Chunk]) -> None:
+    def __init__(self, chunks: Iterable[Chunk], *, digest: bool = True) -> None:
         self._chunks = iter(chunks)
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if digest else None
         self.bytes = 0
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -100,10 +100,13 @@ class Counted:
 
     def __next__(self) -> Chunk:
         chunk = next(self._chunks)
-        self._digest.update(chunk)
-        self.bytes += len(chunk)
+        if self._digest is not None:
+            self._digest.update(chunk)
+        self.bytes += memoryview(chunk).nbytes
         return chunk
 
     @property
     def sha256(self) -> str:
+        if self._digest is None:
+            raise ValueError("made without a digest")
         return self._digest.hexdigest()

@@ -174,7 +174,7 @@ class Repository:
         for other in _SUFFIXES:
             if name + other != full and self.storage.info(name + other) is not None:
                 raise ObjectExistsError("already stored", where=f"{self.storage.url}/{name + other}")
-        raw = codec.Counted(chunks)
+        raw = codec.Counted(chunks, digest=False)
         stored = codec.Counted(codec.encode(raw, self.recipients, level=level, workers=workers))
         self.storage.put_new(full, stored)
         return Stored(full, stored.bytes, raw.bytes, stored.sha256)
