@@ -9,7 +9,7 @@ from typing import Any
 
 from knockwood.errors import KnockwoodError
 from knockwood.host import clock
-from knockwood.model import Lsn, Timeline, Verdict, WalRange, WalSegment
+from knockwood.model import Lsn, Verdict, WalRange, WalSegment
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.listing import COMMIT_MARK, scan_backups
 from knockwood.repository.backups.model import Backup
@@ -24,11 +24,13 @@ class ExpiryPlan:
     """What goes and why the rest stays.
 
     `remove` is ordered so that no backup goes before those that build on it. `remove_wal` holds whole
-    segments only; `kept` maps the id of each kept backup to the reason.
+    segments, `remove_partials` names of objects without suffix; `kept` maps the id of each kept backup
+    to the reason.
     """
 
     remove: tuple[Backup, ...]
     remove_wal: tuple[WalSegment, ...]
+    remove_partials: tuple[str, ...]
     kept: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -71,7 +73,13 @@ def plan_expiry(
     # The newest first: an incremental backup is newer than what it builds on.
     remove = tuple(backup for backup in reversed(_ordered(backups)) if backup.id not in kept)
     remaining = [backup for backup in backups if backup.id in kept]
-    return ExpiryPlan(remove, _wal(remaining, inventory) if remove else (), kept)
+    if not remaining or (keep_time is None and keep_count is None):
+        return ExpiryPlan(remove, (), (), kept)
+    # Any kept backup may be restored along any timeline that branched off later, so only WAL before
+    # the earliest start of all is free to go, whatever its timeline.
+    earliest = min(backup.start_lsn for backup in remaining)
+    partials = tuple(partial.name for partial in inventory.partials if partial.end <= earliest)
+    return ExpiryPlan(remove, _wal(earliest, inventory), partials, kept)
 
 
 def _ordered(backups: Iterable[Backup]) -> list[Backup]:
@@ -123,20 +131,21 @@ def _keep_time(ordered: list[Backup], since: datetime, kept: dict[str, str]) -> 
     # Damage must not be all that is left to restore the oldest moment from.
     older = [backup for backup in ordered if backup.finished_at < since]
     sound = [backup for backup in older if backup.health.verdict != Verdict.BROKEN]
-    for backup in (older[-1:], sound[-1:]):
-        for one in backup:
-            kept.setdefault(one.id, f"{since:%Y-%m-%d %H:%M} is restored from it")
+    for backup in (*older[-1:], *sound[-1:]):
+        kept.setdefault(backup.id, f"{since:%Y-%m-%d %H:%M} is restored from it")
 
 
 def _keep_count(ordered: list[Backup], count: int, kept: dict[str, str]) -> None:
     full = [backup for backup in ordered if backup.kind == "full"]
+    if not full:
+        return
     sound = [backup for backup in full if backup.health.verdict != Verdict.BROKEN]
-    newest = sound[-count:] if count > 0 else []
-    if newest:
-        oldest = newest[0].finished_at
-        for backup in ordered:
-            if backup.finished_at >= oldest:
-                kept.setdefault(backup.id, f"the newest {count} full backups stay")
+    if count <= 0:
+        return
+    # Where there are fewer sound ones than wanted, the damaged are better than nothing.
+    oldest = sound[-count] if len(sound) >= count else full[0]
+    for backup in ordered[ordered.index(oldest) :]:
+        kept.setdefault(backup.id, f"the newest {count} full backups stay")
 
 
 def _proved_clean(proofs: list[Any]) -> set[str]:
@@ -150,19 +159,13 @@ def _proved_clean(proofs: list[Any]) -> set[str]:
     return clean
 
 
-def _wal(remaining: Sequence[Backup], inventory: ArchiveInventory) -> tuple[WalSegment, ...]:
-    if not remaining:
-        return ()
-    # Any kept backup may be restored along any timeline that branched off later, so only WAL before
-    # the earliest start of all is free to go, whatever its timeline.
-    earliest: Lsn = min(backup.start_lsn for backup in remaining)
-    removable = []
-    for timeline, numbers in inventory.segments.items():
-        for number in numbers:
-            segment = WalSegment(Timeline(timeline), number, inventory.segment_bytes)
-            if segment.end <= earliest:
-                removable.append(segment)
-    return tuple(sorted(removable))
+def _wal(earliest: Lsn, inventory: ArchiveInventory) -> tuple[WalSegment, ...]:
+    segments = (
+        WalSegment(timeline, number, inventory.segment_bytes)
+        for timeline, numbers in inventory.segments.items()
+        for number in numbers
+    )
+    return tuple(sorted(segment for segment in segments if segment.end <= earliest))
 
 
 def read_proofs(repository: Repository) -> list[Any]:
@@ -205,7 +208,7 @@ def expire(
         )
         if unreadable:
             # Which WAL an unreadable backup needs is unknown: none goes.
-            plan = ExpiryPlan(plan.remove, (), plan.kept)
+            plan = ExpiryPlan(plan.remove, (), (), plan.kept)
         if apply:
             for backup in plan.remove:
                 held.assert_held()
@@ -215,13 +218,16 @@ def expire(
             for backup in plan.remove:
                 remove_objects(repository, backup.id)
             remove_leftovers(repository)
-            _remove_wal(repository, plan, inventory)
+            _remove_wal(repository, plan)
         return plan
 
 
-def _remove_wal(repository: Repository, plan: ExpiryPlan, inventory: ArchiveInventory) -> None:
+def _remove_wal(repository: Repository, plan: ExpiryPlan) -> None:
     doomed = {segment.name for segment in plan.remove_wal}
     for info in list(repository.storage.list("wal/")):
         name = info.name.rsplit("/", 1)[-1].split(".", 1)[0]
         if name in doomed and not info.name.startswith("wal/partial/"):
             repository.storage.delete(info.name)
+    for partial in plan.remove_partials:
+        if (stored := repository.find(partial)) is not None:
+            repository.storage.delete(stored)

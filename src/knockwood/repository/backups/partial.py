@@ -103,8 +103,7 @@ def read_block(repository: Repository, backup: Backup, path: str, block: int) ->
         raise ObjectMissingError(f"the backup holds no block {block} of {path}", where=backup.id)
     stored = index.packs[member.pack]
     start = member.offset + within * PAGE_BYTES
-    data = b"".join(_Reader(repository, backup, stored).read([(start, PAGE_BYTES)]))
-    return data
+    return b"".join(_Reader(repository, backup, stored).read([(start, PAGE_BYTES)]))
 
 
 def _refuse_incremental(backup: Backup) -> None:
@@ -140,13 +139,15 @@ def _fetch(
                 by_pack.setdefault(member.pack, []).append(member)
         for members in by_pack.values():
             members.sort(key=lambda member: member.offset)
-        jobs = [
-            (_Reader(repository, backup, index.packs[number]), members) for number, members in by_pack.items()
-        ]
+        readers = [(_Reader(repository, backup, index.packs[number]), number) for number in by_pack]
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda job: _write(*job, extractor, account), jobs))
+            jobs = [
+                pool.submit(_write, reader, by_pack[number], extractor, account) for reader, number in readers
+            ]
+            for job in jobs:
+                job.result()
     names = tuple(sorted(member.path for member in chosen if member.kind == "file"))
-    return PartialFetch(names, total, sum(reader.stored_bytes for reader, _ in jobs))
+    return PartialFetch(names, total, sum(reader.stored_bytes for reader, _ in readers))
 
 
 def _write(
@@ -177,6 +178,7 @@ class _Reader:
 
     def read(self, parts: list[tuple[int, int]]) -> Iterator[bytes]:
         """The bytes of the parts (raw offset, size; ascending) one after another."""
+        parts = [part for part in parts if part[1]]
         if self._pack.name.endswith(codec.ENCRYPTED_SUFFIX):
             self.stored_bytes += self._pack.bytes
             # To the end, so that the object's sha256 is checked.
@@ -212,7 +214,7 @@ class _Reader:
 
 
 def _cut_out(chunks: Iterable[bytes], position: int, parts: list[tuple[int, int]]) -> Iterator[bytes]:
-    """The given parts (offset, size; ascending) of a stream that begins at `position`; reads it to its end."""
+    """The given parts (offset, size > 0; ascending) of a stream from `position` on; reads it to its end."""
     waiting = iter(parts)
     part = next(waiting, None)
     for chunk in chunks:
@@ -223,8 +225,6 @@ def _cut_out(chunks: Iterable[bytes], position: int, parts: list[tuple[int, int]
             if data:
                 yield data
             part = (offset + len(data), size - len(data)) if len(data) < size else next(waiting, None)
-            if part is not None and part[0] == end:
-                break
         position = end
-    if part is not None and part[1]:
+    if part is not None:
         raise ObjectDamagedError("a pack ends before a file that its index places there")
