@@ -7,9 +7,9 @@ from pathlib import Path
 
 import psycopg
 import pytest
+
 from fix_receive import commit, fetch_range, first_lsn, new_repository, waldump
 from fix_server import ServerFactory
-
 from knockwood.errors import LockHeldError, WrongSystemError
 from knockwood.model.wal import Timeline, WalRange
 from knockwood.repository.archive import WalArchive
@@ -58,7 +58,10 @@ def test_a_second_receiver_is_refused(new_server: ServerFactory, tmp_path: Path)
     repository = new_repository(server, tmp_path / "repository")
     with receiving(Receiver(repository, server.dsn(), tmp_path / "spool")):
         for spool in ("spool", "other"):
-            with pytest.raises(LockHeldError), receiving(Receiver(repository, server.dsn(), tmp_path / spool)):
+            with (
+                pytest.raises(LockHeldError),
+                receiving(Receiver(repository, server.dsn(), tmp_path / spool)),
+            ):
                 pass
 
 

@@ -1,0 +1,178 @@
+"""The receiver where the server changes under it: promotion, and a slot that is lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from fix_receive import commit, fetch_range, first_lsn, new_repository, waldump
+from fix_server import ServerFactory
+from knockwood.host import privileges
+from knockwood.model.wal import Lsn, Timeline, WalRange
+from knockwood.postgres.server import LocalServer
+from knockwood.repository import gaps
+from knockwood.repository.archive import WalArchive
+from knockwood.repository.receive import EventKind, Receiver, ReceiverEvent, receiving
+
+TWO = Timeline(2)
+
+
+@pytest.fixture
+def standby_of() -> Iterator[Callable[[LocalServer], LocalServer]]:
+    """Make a standby of a server by copying it cold; stopped afterwards."""
+    made: list[LocalServer] = []
+
+    def make(primary: LocalServer) -> LocalServer:
+        primary.stop()
+        data = primary.data_directory.parent / "standby"
+        shutil.copytree(primary.data_directory, data, symlinks=True)
+        data.chmod(0o700)
+        (data / "standby.signal").touch()
+        privileges.give_tree(data, primary.account)
+        primary.start()
+        standby = LocalServer(
+            primary.programs,
+            data,
+            account=primary.account,
+            settings={**primary.settings, "primary_conninfo": primary.dsn()},
+        )
+        made.append(standby)
+        standby.start(until="standby")
+        return standby
+
+    yield make
+    for server in made:
+        server.stop("immediate")
+
+
+def either(*servers: LocalServer) -> str:
+    """A connection string that finds the primary among servers."""
+    hosts = ",".join(str(server.socket_directory) for server in servers)
+    return f"host={hosts} user=postgres dbname=postgres target_session_attrs=primary"
+
+
+def promote(standby: LocalServer) -> None:
+    with psycopg.connect(standby.dsn(), autocommit=True) as connection:
+        assert connection.execute("select pg_promote(true, 30)").fetchone() == (True,)
+
+
+def caught_up(standby: LocalServer, lsn: Lsn) -> None:
+    with psycopg.connect(standby.dsn(), autocommit=True) as connection:
+        while True:
+            row = connection.execute("select pg_last_wal_replay_lsn()::text").fetchone()
+            assert row is not None
+            if Lsn.parse(row[0]) >= lsn:
+                return
+
+
+def test_a_promotion_is_followed(
+    every_version: int,
+    new_server: ServerFactory,
+    standby_of: Callable[[LocalServer], LocalServer],
+    tmp_path: Path,
+) -> None:
+    primary = new_server(every_version, segment_megabytes=1)
+    standby = standby_of(primary)
+    repository = new_repository(primary, tmp_path / "repository")
+    dsn = either(primary, standby)
+    with receiving(Receiver(repository, dsn, tmp_path / "spool")) as receiver:
+        lsn = commit(primary, switch=True)
+        lsn = commit(primary)
+        receiver.flush()
+        caught_up(standby, lsn)
+        primary.kill()
+        promote(standby)
+        last = commit(standby, switch=True)
+        last = commit(standby)
+        assert receiver.flush() >= last
+    stock = WalArchive(repository).inventory()
+    assert stock.gaps() == ()
+    assert stock.without_history == ()
+    begin = first_lsn(repository)
+    assert stock.covers(WalRange(TWO, begin, last))
+    assert gaps.list_gaps(repository) == ()
+    switch = stock.histories[TWO].switches[-1][1]
+    for number, piece in enumerate((WalRange(Timeline(1), begin, switch), WalRange(TWO, switch, last))):
+        fetch_range(repository, piece, tmp_path / f"wal{number}")
+        assert waldump(primary, tmp_path / f"wal{number}", piece).returncode == 0
+
+
+def test_a_promotion_behind_what_was_received(
+    new_server: ServerFactory, standby_of: Callable[[LocalServer], LocalServer], tmp_path: Path
+) -> None:
+    """The old primary's last WAL stays in the archive; the new timeline begins where it forked."""
+    primary = new_server(18, segment_megabytes=1)
+    standby = standby_of(primary)
+    repository = new_repository(primary, tmp_path / "repository")
+    events: list[ReceiverEvent] = []
+    receiver = Receiver(repository, either(primary, standby), tmp_path / "spool", on_event=events.append)
+    with receiving(receiver):
+        caught_up(standby, commit(primary))
+        hosts = standby.socket_directory
+        standby.kill()
+        for _ in range(3):
+            lost = commit(primary, switch=True)
+        lost = commit(primary)
+        receiver.flush()
+        primary.kill()
+        standby.settings["primary_conninfo"] = ""
+        standby.start(until="standby")
+        assert standby.socket_directory == hosts
+        promote(standby)
+        last = commit(standby)
+        assert last < lost
+        for _ in range(5):
+            last = commit(standby, switch=True)
+        assert receiver.flush() >= last
+    stock = WalArchive(repository).inventory()
+    assert EventKind.FORKED in [event.kind for event in events]
+    assert stock.covers(WalRange(Timeline(1), first_lsn(repository), lost))
+    assert stock.covers(WalRange(TWO, first_lsn(repository), last))
+    assert stock.gaps() == ()
+
+
+def test_a_lost_slot_is_a_gap_at_once(every_version: int, new_server: ServerFactory, tmp_path: Path) -> None:
+    server = new_server(
+        every_version,
+        segment_megabytes=1,
+        max_slot_wal_keep_size="2MB",
+        max_wal_size="2MB",
+        min_wal_size="2MB",
+    )
+    repository = new_repository(server, tmp_path / "repository")
+    with receiving(Receiver(repository, server.dsn(), tmp_path / "spool")) as receiver:
+        before = commit(server)
+        receiver.flush()
+    for _ in range(12):
+        commit(server, switch=True)
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute("checkpoint")
+        commit(server, switch=True)
+        connection.execute("checkpoint")
+        status = "select wal_status from pg_replication_slots where slot_name = 'knockwood'"
+        assert connection.execute(status).fetchone() == ("lost",)
+    events: list[ReceiverEvent] = []
+    with receiving(
+        Receiver(repository, server.dsn(), tmp_path / "spool", on_event=events.append)
+    ) as receiver:
+        after = commit(server)
+        assert receiver.flush() >= after
+    kinds = [event.kind for event in events]
+    assert EventKind.SLOT_LOST in kinds
+    assert EventKind.GAP in kinds
+    (gap,) = gaps.list_gaps(repository)
+    assert before <= gap.range.start < gap.range.end <= after
+    assert gap.detected_at is not None
+    stock = WalArchive(repository).inventory()
+    assert not stock.covers(WalRange(Timeline(1), before, after))
+    assert stock.covers(WalRange(Timeline(1), gap.range.end, after))
+    finding = gap.finding("shop")
+    assert "base backup" in finding.remedy
+    gaps.acknowledge(repository, gap.range, "ann", "old test data")
+    (seen,) = gaps.list_gaps(repository)
+    assert seen.acknowledged is not None
+    assert seen.acknowledged.by == "ann"
