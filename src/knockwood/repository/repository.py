@@ -53,7 +53,7 @@ class RepositoryHeader:
     def from_json(cls, value: Any, where: str) -> RepositoryHeader:
         """Raises RepositoryFormatError for a newer format and for what is no header."""
         form = value.get("knockwood_repository") if isinstance(value, dict) else None
-        if not isinstance(form, int):
+        if type(form) is not int or form < 1:
             raise RepositoryFormatError("not a Knockwood repository", where=where)
         if form > FORMAT:
             raise RepositoryFormatError(
@@ -113,8 +113,9 @@ class Repository:
         """
         age.recipients_from(recipients)
         header = RepositoryHeader(FORMAT, cluster, system_identifier, segment_bytes, clock.now())
+        data = _json(header.to_json())
         try:
-            storage.put_new(HEADER, [_json(header.to_json())])
+            storage.put_new(HEADER, [data])
         except ObjectExistsError:
             found = cls.open(
                 storage, expected_system=system_identifier, recipients=recipients, identities=identities
@@ -127,6 +128,7 @@ class Repository:
                     hint="was pg_resetwal run? begin a new repository",
                 ) from None
             return found
+        _must_not_overwrite(storage, data)
         return cls(storage, header, tuple(recipients), tuple(identities))
 
     @classmethod
@@ -187,9 +189,8 @@ class Repository:
         encrypted = name.endswith(codec.ENCRYPTED_SUFFIX)
         if not encrypted and not name.endswith(codec.PLAIN_SUFFIX):
             raise ObjectDamagedError("not the name of encoded content", where=f"{self.storage.url}/{name}")
-        pieces = codec.decode(self.storage.read(name), encrypted=encrypted, identities=self.identities)
         try:
-            yield from pieces
+            yield from codec.decode(self.storage.read(name), encrypted=encrypted, identities=self.identities)
         except KnockwoodError as error:
             if error.where is None:
                 error.where = f"{self.storage.url}/{name}"
@@ -209,6 +210,19 @@ class Repository:
     def get_json(self, name: str) -> Any:
         """A value stored by `put_json`. Raises ObjectMissingError, ObjectDamagedError."""
         return _read_json(self.storage, name)
+
+
+def _must_not_overwrite(storage: Storage, header: bytes) -> None:
+    # Some object stores ignore the condition "only if absent": locks and WAL would not be safe there.
+    try:
+        storage.put_new(HEADER, [header])
+    except ObjectExistsError:
+        return
+    raise RepositoryFormatError(
+        "the storage overwrites objects although it was told not to",
+        where=storage.url,
+        hint="use one that knows conditional writes (If-None-Match)",
+    )
 
 
 def _json(value: Any) -> bytes:
