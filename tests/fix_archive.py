@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +13,7 @@ from knockwood.postgres.connection import Connection, connect, server_facts
 from knockwood.postgres.server import LocalServer
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.model import Backup, BackupHealth, Pack
+from knockwood.repository.backups.take import Effort, take_backup
 from knockwood.repository.repository import Repository
 from knockwood.repository.storage.local import LocalStorage
 
@@ -25,6 +28,7 @@ class Archived:
     backups: list[Backup] = field(default_factory=list)
     commits: list[Commit] = field(default_factory=list)
     segments: list[WalSegment] = field(default_factory=list)
+    lost: set[WalSegment] = field(default_factory=set)
 
     def object(self, segment: WalSegment) -> Path:
         (found,) = self.root.glob(f"wal/*/*/{segment.name}.zst*")
@@ -108,11 +112,16 @@ def archive_wal(made: Archived) -> None:
         row = connection.execute("select pg_walfile_name(pg_current_wal_insert_lsn())").fetchone()
         assert row is not None
         current = row[0]
-    for path in sorted(folder.iterdir()):
+    paths = sorted(folder.iterdir())
+    # A promoted server's last segment of the old timeline is not whole: its successor begins with it.
+    newest = {path.name[8:]: path.name for path in paths if len(path.name) == 24}
+    for path in paths:
         if path.suffix == ".history":
             archive.put_history(Timeline(int(path.stem, 16)), path.read_text())
-        elif len(path.name) == 24 and path.name[8:] < current[8:] and path.name[:8] <= current[:8]:
-            archive.put_segment(WalSegment.parse(path.name, size), path)
+        elif len(path.name) == 24 and path.name[8:] < current[8:] and newest[path.name[8:]] == path.name:
+            segment = WalSegment.parse(path.name, size)
+            if segment not in made.lost:
+                archive.put_segment(segment, path)
 
 
 def _insert_lsn(connection: Connection) -> Lsn:
@@ -133,3 +142,38 @@ def six_commits(server: LocalServer, root: Path, **keys: tuple[str, ...]) -> Arc
             commit_in_own_segment(made, connection)
     archive_wal(made)
     return made
+
+
+def real_backup(made: Archived) -> Backup:
+    """Take a base backup of the server while its WAL is archived beside it."""
+    with ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(take_backup, made.repository, made.server.dsn(), effort=Effort(wal_timeout=60))
+        while not taking.done():
+            archive_wal(made)
+            wait([taking], timeout=0.05)
+        made.backups.append(taking.result())
+    return made.backups[-1]
+
+
+def six_commits_on_a_backup(server: LocalServer, root: Path, **keys: tuple[str, ...]) -> Archived:
+    """The gap test with a base backup that has its files."""
+    made = new_archive(server, root, **keys)
+    with connect(server.dsn()) as connection:
+        connection.execute("create table witness (a int)")
+        real_backup(made)
+        connection.execute("select pg_switch_wal()")
+        for _ in range(6):
+            commit_in_own_segment(made, connection)
+    archive_wal(made)
+    return made
+
+
+def flip(path: Path, offset: int, count: int = 1) -> None:
+    """Invert bytes of a stored object, leaving its size and time of writing as they were."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        data = file.read(count)
+        file.seek(offset)
+        file.write(bytes(byte ^ 0xFF for byte in data))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from fix_archive import (
     Archived,
-    archive_wal,
-    commit_in_own_segment,
-    describe_backup,
-    new_archive,
     six_commits,
 )
-
 from knockwood.errors import TargetUnreachableError
 from knockwood.model import Commit, Lsn, Timeline, WalSegment
-from knockwood.postgres.connection import connect
-from knockwood.repository.archive import WalArchive
 from knockwood.repository.targets import BeforeXid, Latest, ToLsn, ToTime, resolve
 
 if TYPE_CHECKING:
@@ -70,7 +65,7 @@ def test_targets_lead_to_their_commits_on_every_version(
         WalSegment(Timeline(1), n, 1 << 20)
         for n in range(made.backups[0].start_lsn.value >> 20, (commits[-1].lsn.value >> 20) + 1)
     ]
-    for before, commit in zip(commits, commits[1:], strict=False):
+    for before, commit in pairwise(commits):
         plan = resolve(made.repository, ToTime(before.time))
         assert (plan.target_lsn, plan.inclusive, plan.last_commit) == (commit.lsn, False, before)
         plan = resolve(made.repository, ToLsn(Lsn(commit.lsn.value - 1)))
