@@ -73,9 +73,7 @@ def fetch_chain(
     meter = _Meter(progress, sum(backup.raw_bytes for backup in chain))
     with files.translated(into):
         for folder in (into, *layout.tablespaces.values()):
-            files.make_folder(folder)
-            folder.chmod(0o700)
-            privileges.give(folder, account)
+            _make(folder, account)
         os.close(create(into / MARK, account))
         if combine is None:
             _extract(repository, last, layout, account, workers, meter, hold=True)
@@ -133,6 +131,15 @@ def _require_empty(folder: Path) -> None:
         where=str(folder),
         hint="a restore never writes over files: name a new folder",
     )
+
+
+def _make(folder: Path, account: Account | None) -> None:
+    # Parents that we make must let the account through as well.
+    missing = [step for step in folder.parents if not step.exists()]
+    files.make_folder(folder)
+    folder.chmod(0o700)
+    for step in (folder, *missing):
+        privileges.give(step, account)
 
 
 def _require_space(chain: Sequence[Backup], into: Path, layout: Layout) -> None:
