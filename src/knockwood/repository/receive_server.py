@@ -95,13 +95,17 @@ def identify(dsn: str) -> ServerPosition:
         history = TimelineHistory(current)
         if current > 1:
             _name, text = _command(connection, f"TIMELINE_HISTORY {current}")[:2]
-            history = TimelineHistory.parse(current, text)
+            try:
+                history = TimelineHistory.parse(current, text)
+            except ValueError as error:
+                raise PostgresError(f"the server's history of timeline {current}: {error}") from error
         return ServerPosition(int(system), history, Lsn.parse(flush))
 
 
 def _command(connection: Connection, command: str) -> list[str]:
     # The replication protocol knows simple queries only, psycopg's execute sends extended ones.
-    result = connection.pgconn.exec_(command.encode())
+    with translated():
+        result = connection.pgconn.exec_(command.encode())
     if result.status != pq.ExecStatus.TUPLES_OK or result.ntuples != 1:
         raise PostgresError(f"{command} failed: {result.error_message.decode(errors='replace').strip()}")
     values = (result.get_value(0, column) for column in range(result.nfields))

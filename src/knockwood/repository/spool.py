@@ -71,13 +71,14 @@ class Spool:
 
     def histories(self) -> Iterator[tuple[Timeline, str]]:
         """The history files that pg_receivewal fetched, with their text."""
-        for path in sorted(self.folder.iterdir()):
-            match = _HISTORY.match(path.name)
+        with files.translated(self.folder):
+            names = sorted(os.listdir(self.folder))
+        for name in names:
+            match = _HISTORY.match(name)
             if match is not None:
-                yield (
-                    Timeline(int(match[1], 16)),
-                    path.read_text(encoding="utf-8", errors="surrogateescape"),
-                )
+                with files.translated(self.folder / name):
+                    text = (self.folder / name).read_text(encoding="utf-8", errors="surrogateescape")
+                yield Timeline(int(match[1], 16)), text
 
     def history(self, timeline: Timeline) -> TimelineHistory | None:
         """A timeline's ancestry as far as the spool knows it."""
