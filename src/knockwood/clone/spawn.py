@@ -86,15 +86,16 @@ class Clone:
         """
         if self.promoted:
             raise RefusedError("a promoted clone cannot replay on", hint="make a new clone instead")
-        system = self.plan.chain[-1].system_identifier
-        if plan.chain[-1].system_identifier != system:
+        system = self.plan.backup.system_identifier
+        if plan.backup.system_identifier != system:
             raise WrongSystemError("the plan is for another cluster")
         if plan.target_lsn is None or plan.target_lsn < self.reached_lsn:
             raise RefusedError(
                 f"the clone has replayed to {self.reached_lsn} already, past {Goal.of(plan)}",
                 hint="make a new clone for the earlier point",
             )
-        self.server.stop("fast")
+        if self.server.running:
+            self.recovery.settle()
         self.fill_spool(plan, progress)
         self.plan = plan
         return self.replay(progress)
@@ -170,7 +171,7 @@ def make(
     unreadable: Unreadable = "promote",
 ) -> Clone:
     """A clone of which nothing is fetched yet; UnsupportedVersionError for programs of another version."""
-    major = plan.chain[-1].major
+    major = plan.backup.major
     if programs.major != major:
         raise UnsupportedVersionError(
             f"the backup is of PostgreSQL {major}, the programs are of {programs.major}",
@@ -204,6 +205,9 @@ def fetch(
     """Bring backup and WAL into the workspace and settle the server's configuration but for the goal."""
     began = clock.monotonic()
     workspace, chain = clone.workspace, clone.plan.chain
+    if clone.plan.backup.tablespaces:
+        files.make_folder(tablespaces, 0o711)
+        privileges.give(tablespaces, workspace.account)
     fetch_chain(
         clone.repository,
         chain,
@@ -213,10 +217,11 @@ def fetch(
         tablespace_root=tablespaces,
         workers=workers,
         progress=progress,
+        sync=False,
     )
     workspace.detach()
     control = control_data(clone.programs, workspace.data)
-    needed = goals.required_at_least(control, chain[-1].settings)
+    needed = goals.required_at_least(control, clone.plan.backup.settings)
     clone.recovery.settings = goals.isolation_settings(clone.programs.major, workspace.root, purpose, needed)
     clone.recovery.settings |= goals.commit_timestamps(control)
     clone.timings.fetch = clock.monotonic() - began
@@ -252,7 +257,7 @@ def spawn(
     happens where PostgreSQL cannot pause: a promoted, read-only clone of the same data, or UnreadableError.
     Raises NoSpaceError before anything is written, RecoveryFailedError if the target was not reached.
     """
-    programs = programs or find_programs(plan.chain[-1].major)
+    programs = programs or find_programs(plan.backup.major)
     entry = (registry or Registry()).enter(purpose, into)
     try:
         workspace = Workspace(entry.record.root, account or privileges.server_account())
