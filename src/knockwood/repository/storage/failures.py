@@ -52,6 +52,12 @@ def translate(error: Exception, where: str) -> RepositoryError:
             where=where,
             hint="use a store with conditional writes (If-None-Match): others could overwrite a backup",
         )
+    if "BadScheme" in text:
+        return RepositoryError(
+            "the object store's address is not encrypted (http)",
+            where=where,
+            hint="use https, or set AWS_ALLOW_HTTP=true if that is meant",
+        )
     if status.startswith("5") or status in _PASSING_CODES:
         return StorageUnavailableError(
             f"the object store answers with status {status}" + (f" ({code})" if code else ""), where=where

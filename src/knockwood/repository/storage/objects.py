@@ -14,10 +14,12 @@ An upload that is killed leaves hidden parts in the bucket: let a lifecycle rule
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import Any, Final, TypeVar
 
 from knockwood.errors import (
@@ -92,6 +94,8 @@ class ObjectStorage:
             # For each wait for bytes; a whole answer may take as long as its reader does.
             "read_timeout": wait,
             "timeout": timedelta(hours=24),
+            # The client does not look at this variable when it is given options.
+            "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on"),
             **(client or {}),
         }
         # The client repeats what is harmless to repeat; creation we repeat ourselves, because the
@@ -169,29 +173,37 @@ class ObjectStorage:
                 max_concurrency=_UPLOADS,
             )
 
-        size = 0
+        size, completing = 0, False
         with self._claim(name) as still_ours:
             pipe = Pipe(upload, "upload")
             try:
-                while begin:
-                    size += len(begin[0])
-                    pipe.offer(begin.pop(0))
-                for chunk in rest:
+                for chunk in chain(_emptying(begin), rest):
                     size += len(chunk)
                     pipe.offer(bytes(chunk))
                 still_ours()
+                completing = True
                 pipe.end_of_input()
                 pipe.finish()
             except PipeBrokenError as broken:
-                if not isinstance(broken.cause, Exception):
-                    raise broken.cause from None
-                raise translate(broken.cause, self._where(name)) from broken.cause
+                # A completion that succeeded may be repeated and then told that there is no such
+                # upload. The object was not there a moment ago and the claim is ours: what is there
+                # now, we stored.
+                stored = self.info(name) if completing else None
+                if stored is None or stored.bytes != size:
+                    raise self._upload_failed(broken, name) from broken.cause
             finally:
                 pipe.abandon()
             stored = self.info(name)
         if stored is None or stored.bytes != size:
             raise RepositoryError("the object store did not keep what was written", where=self._where(name))
         return size
+
+    def _upload_failed(self, broken: PipeBrokenError, name: str) -> BaseException:
+        return (
+            translate(broken.cause, self._where(name))
+            if isinstance(broken.cause, Exception)
+            else broken.cause
+        )
 
     @contextmanager
     def _claim(self, name: str) -> Iterator[Callable[[], None]]:
@@ -236,7 +248,7 @@ class ObjectStorage:
             age = (self._now() - info.modified).total_seconds()
             if age <= _CLAIM_SECONDS:
                 raise LockHeldError(
-                    f"another process stores the same object ({holder})",
+                    "another process stores the same object" + (f" ({holder})" if holder else ""),
                     where=self._where(claim),
                     hint="wait for it to end; if it is dead, it is ignored after an hour",
                 )
@@ -367,6 +379,12 @@ class ObjectStorage:
 
     def _exists(self, name: str) -> ObjectExistsError:
         return ObjectExistsError("already stored", where=self._where(name))
+
+
+def _emptying(pieces: list[bytes]) -> Iterator[bytes]:
+    # Lets go of each piece, so that the memory is free before the upload ends.
+    while pieces:
+        yield pieces.pop(0)
 
 
 def _pause(failures: int) -> float:
