@@ -1,0 +1,396 @@
+"""Restore a backup to the last commit that the primary knows, check what came out, and write the proof.
+
+The primary is asked over its own connection, not over the archive: the archive must not be the only
+witness of what it should hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+from knockwood.clone.registry import Registry
+from knockwood.clone.spawn import Clone, spawn
+from knockwood.errors import (
+    AuthenticationError,
+    KnockwoodError,
+    ObjectDamagedError,
+    ObjectMissingError,
+    PostgresError,
+    RecoveryFailedError,
+    ServerDownError,
+    TargetUnreachableError,
+)
+from knockwood.host import clock
+from knockwood.integrity.check import Invariant, Role, Subject
+from knockwood.integrity.compare import Comparison, compare
+from knockwood.integrity.primary_state import PrimaryState, primary_state
+from knockwood.integrity.registry import all_checks
+from knockwood.integrity.run import Report, run_checks
+from knockwood.model import Claim, Lsn, Proof, Timeline, Verdict, worst
+from knockwood.operations.lag import commits_between
+from knockwood.operations.proof_pages import store
+from knockwood.postgres.binaries import Programs, find_programs
+from knockwood.postgres.connection import ServerFacts, connect, server_facts, translated
+from knockwood.repository.archive import WalArchive
+from knockwood.repository.backups import list_backups
+from knockwood.repository.repository import Repository
+from knockwood.repository.targets import Latest, RestorePlan, Target, ToLsn, resolve
+from knockwood.repository.verify import Verification, verify
+
+ABOUT_THE_SERVER: Final = frozenset({"backup_age", "configuration", "proof_age", "wal_archive"})
+"""Checks that ask how a production server is run; a clone cannot answer them."""
+
+_POLL: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Said as the proof goes on: the phase, what is done of it, of how much (0: unknown), and on what."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+    current: str = ""
+
+
+Progress = Callable[[Step], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to prove. `archive_timeout` is how long the archive may take to receive the primary's last commit;
+    `data_directory` (local reach) lets missing commits be counted in the primary's own WAL."""
+
+    backup: str | None = None
+    target: Target = field(default_factory=Latest)
+    invariants: tuple[Invariant, ...] = ()
+    checks: tuple[str, ...] | None = None
+    valid_for: timedelta = timedelta(days=7)
+    archive_timeout: timedelta = timedelta(seconds=60)
+    workers: int = 2
+    data_directory: Path | None = None
+    clones: Path | None = None
+    programs_for: Callable[[int], Programs] = find_programs
+
+
+def prove(
+    repository: Repository,
+    dsn: str | None,
+    *,
+    cluster: str,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Proof:
+    """Restore, check, compare, and store the proof as `proofs/<id>.json`, `.html` and `.xml`.
+
+    With the primary down, or a `target` other than latest, the comparison is not checked. A restore that
+    fails because of what is in the repository is a broken proof; what fails for other reasons (no space, no
+    programs, storage away) is raised and proves nothing. WrongSystemError if `dsn` is another cluster.
+    The clone is always destroyed.
+    """
+    chosen = options or Options()
+    return _Run(repository, dsn, cluster, chosen, progress or (lambda step: None)).run()
+
+
+@dataclass(slots=True)
+class _Archive:
+    """Watches, beside the hashing, when the archive holds everything before `lsn`."""
+
+    repository: Repository
+    timeline: Timeline
+    start: Lsn
+    timeout: float
+    lsn: Lsn | None = None
+    reached: Lsn = field(default_factory=lambda: Lsn(0))
+    seconds: float | None = None
+    error: KnockwoodError | None = None
+    _thread: threading.Thread | None = None
+
+    def begin(self, lsn: Lsn) -> None:
+        """Called again with a later position, it waits for that one."""
+        first = self.lsn is None
+        self.lsn = lsn
+        if first:
+            self._thread = threading.Thread(target=self._watch, name="archive watch", daemon=True)
+            self._thread.start()
+
+    def _watch(self) -> None:
+        started = clock.monotonic()
+        archive = WalArchive(self.repository)
+        try:
+            while clock.monotonic() - started < self.timeout:
+                self.reached = archive.inventory().end_from(self.timeline, self.start)
+                if self.lsn is not None and self.reached >= self.lsn:
+                    self.seconds = clock.monotonic() - started
+                    return
+                clock.sleep(_POLL)
+        except KnockwoodError as error:
+            self.error = error
+
+    def wait(self) -> None:
+        """Until it is all there, or the time is up. Raises what reading the archive raised."""
+        if self._thread is not None:
+            self._thread.join()
+        if self.error is not None:
+            raise self.error
+
+
+class _Run:
+    """One proof."""
+
+    def __init__(
+        self, repository: Repository, dsn: str | None, cluster: str, options: Options, progress: Progress
+    ) -> None:
+        self.repository = repository
+        self.dsn = dsn
+        self.cluster = cluster
+        self.options = options
+        self.tell = progress
+        self.claims: list[Claim] = []
+        self.report: Report | None = None
+        self.comparison: Comparison | None = None
+        self.missing_commits: int | None = None
+        self.rpo: float | None = None
+        self.why_no_primary = ""
+
+    def run(self) -> Proof:
+        taken_at = clock.now()
+        state = self._primary()
+        started = clock.monotonic()
+        plan = self._plan(state)
+        clone: Clone | None = None
+        try:
+            clone = self._restore(plan)
+            seconds = clock.monotonic() - started
+            self._claim_reached(plan, state)
+            self._check(clone)
+            self._compare(clone, plan, state)
+        finally:
+            if clone is not None:
+                clone.destroy()
+            else:
+                seconds = clock.monotonic() - started
+        self._backup_health(plan)
+        self._verify()
+        proof = self._proof(plan, clone.reached_lsn if clone else Lsn(0), seconds, taken_at)
+        store(self.repository, proof, self.report, self.comparison)
+        return proof
+
+    # --- the primary ---------------------------------------------------------------------------------
+
+    def _primary(self) -> PrimaryState | None:
+        """The primary's state, once the archive holds it (or has had its time to)."""
+        if self.dsn is None:
+            self.why_no_primary = "no primary was named"
+            return None
+        try:
+            with connect(self.dsn) as connection:
+                facts = server_facts(connection, self.repository.header.system_identifier)
+        except (ServerDownError, AuthenticationError) as error:
+            self.why_no_primary = f"the primary does not answer: {error}"
+            return None
+        if not isinstance(self.options.target, Latest):
+            self.why_no_primary = f"the target is {self.options.target}, not the primary's last commit"
+            return None
+        return self._fingerprint(self.dsn, facts)
+
+    def _fingerprint(self, dsn: str, facts: ServerFacts) -> PrimaryState | None:
+        archive = _Archive(
+            self.repository, facts.timeline, self._start(), self.options.archive_timeout.total_seconds()
+        )
+        self.tell(Step("read the primary"))
+        try:
+            state = primary_state(
+                dsn,
+                workers=self.options.workers,
+                progress=lambda table, done, total: self.tell(Step("read the primary", done, total, table)),
+                on_mark=lambda lsn: self._marked(dsn, archive, lsn),
+            )
+        except PostgresError as error:
+            self.why_no_primary = f"the primary cannot be read: {error}"
+            return None
+        self.tell(Step("wait for the archive", current=str(state.lsn)))
+        archive.wait()
+        if archive.seconds is not None:
+            self.missing_commits, self.rpo = 0, archive.seconds
+        else:
+            self.missing_commits = self._count_missing(facts, archive.reached, state.lsn)
+        return state
+
+    def _marked(self, dsn: str, archive: _Archive, lsn: Lsn) -> None:
+        archive.begin(lsn)
+        # An archive_command gets whole segments only: an idle server would keep the last one.
+        with contextlib.suppress(KnockwoodError), connect(dsn) as connection, translated():
+            connection.execute(
+                "select pg_catalog.pg_switch_wal() where pg_catalog.current_setting('archive_mode') <> 'off'"
+            )
+
+    def _start(self) -> Lsn:
+        """Where the WAL must begin that the newest backup, or the one asked for, needs."""
+        backups = [b for b in list_backups(self.repository) if self.options.backup in (None, b.id)]
+        return max((backup.start_lsn for backup in backups), default=Lsn(0))
+
+    def _count_missing(self, facts: ServerFacts, reached: Lsn, wanted: Lsn) -> int | None:
+        if self.options.data_directory is None:
+            return None
+        programs = self.options.programs_for(facts.major)
+        return commits_between(programs, self.options.data_directory, facts, reached, wanted)
+
+    # --- the restore ---------------------------------------------------------------------------------
+
+    def _plan(self, state: PrimaryState | None) -> RestorePlan:
+        self.tell(Step("plan"))
+        # A commit record that begins at the position itself is not part of it.
+        target = ToLsn(Lsn(state.lsn.value - 1)) if state else self.options.target
+        return resolve(
+            self.repository,
+            target,
+            backup=self.options.backup,
+            accept_loss=True,
+            programs_for=self.options.programs_for,
+        )
+
+    def _restore(self, plan: RestorePlan) -> Clone | None:
+        try:
+            return spawn(
+                self.repository,
+                plan,
+                programs=self.options.programs_for(plan.backup.major),
+                purpose="prove",
+                progress=lambda at: self.tell(Step("restore", at.done, at.total, at.current)),
+                registry=Registry(self.options.clones) if self.options.clones else None,
+            )
+        except (RecoveryFailedError, ObjectDamagedError, ObjectMissingError, TargetUnreachableError) as error:
+            hint = f"; {error.hint}" if error.hint else ""
+            self._claim("the backup can be restored", Verdict.BROKEN, f"{error}{hint}")
+            return None
+
+    def _claim(self, name: str, verdict: Verdict, detail: str = "") -> None:
+        self.claims.append(Claim(name, verdict, detail))
+
+    def _claim_reached(self, plan: RestorePlan, state: PrimaryState | None) -> None:
+        if not self.claims:
+            self._claim("the backup can be restored", Verdict.HELD, f"backup {plan.backup.id}")
+        last = plan.last_commit
+        shown = f"transaction {last.xid} at {last.lsn}, {last.time.isoformat()}" if last else "none since it"
+        name = "restored to the last commit"
+        if plan.missing is not None:
+            known = self.missing_commits
+            count = f"{known} commit(s)" if known is not None else "an unknown number of commits"
+            if last is not None and state is not None:
+                self.rpo = max(0.0, (state.taken_at - last.time).total_seconds())
+            self._claim(name, Verdict.BROKEN, f"ends with {shown}; {count} missing: {plan.missing.reason}")
+        elif state is None:
+            self._claim(name, Verdict.NOT_CHECKED, f"ends with {shown}; {self.why_no_primary}")
+        else:
+            self._claim(name, Verdict.HELD, f"ends with {shown}, the primary's last before {state.lsn}")
+
+    # --- what came out ---------------------------------------------------------------------------------
+
+    def _check(self, clone: Clone | None) -> None:
+        names = [check.name for check in all_checks() if check.name not in ABOUT_THE_SERVER]
+        names = [name for name in names if self.options.checks is None or name in self.options.checks]
+        if clone is None:
+            for name in names:
+                self._claim(f"check {name}", Verdict.NOT_CHECKED, "there is no clone")
+            return
+        with connect(clone.dsn()) as connection:
+            facts = server_facts(connection)
+        subject = Subject(
+            cluster=self.cluster,
+            dsn=clone.dsn(),
+            facts=facts,
+            role=Role.CLONE,
+            data_directory=clone.data_directory,
+            repository=self.repository,
+            programs=clone.programs,
+            invariants=self.options.invariants,
+        )
+        self.report = run_checks(
+            subject,
+            names,
+            progress=lambda at: self.tell(Step("check the clone", at.position - 1, at.total, at.check.name)),
+        )
+        for result in self.report.results:
+            reasons = [finding.summary for finding in result.findings]
+            reasons += [gap.reason for gap in result.not_checked]
+            self._claim(f"check {result.name}", result.verdict, _some(reasons))
+
+    def _compare(self, clone: Clone | None, plan: RestorePlan, state: PrimaryState | None) -> None:
+        name = "tables equal to the primary"
+        if clone is None or state is None:
+            self._claim(name, Verdict.NOT_CHECKED, self.why_no_primary or "there is no clone")
+            return
+        if plan.missing is not None:
+            self._claim(name, Verdict.NOT_CHECKED, "the clone ends before the position of the comparison")
+            return
+        self.comparison = compare(
+            state,
+            clone.dsn(),
+            primary_dsn=self.dsn,
+            workers=self.options.workers,
+            progress=lambda table, done, total: self.tell(Step("compare", done, total, table)),
+        )
+        outside = [table.table for table in self.comparison.tables if table.outside]
+        reasons = [finding.summary for finding in self.comparison.findings]
+        reasons += [
+            f"{table.table}: {table.reason}"
+            for table in self.comparison.tables
+            if table.verdict is Verdict.NOT_CHECKED and not table.outside
+        ]
+        text = (
+            f"{len(self.comparison.tables)} tables and sequences, {self.comparison.rows} rows at {state.lsn}"
+        )
+        if outside:
+            text += f"; no physical backup holds {', '.join(outside)}"
+        self._claim(name, self.comparison.verdict, _some([*reasons, text]))
+
+    # --- the repository ------------------------------------------------------------------------------
+
+    def _backup_health(self, plan: RestorePlan) -> None:
+        verdict = worst(backup.health.verdict for backup in plan.chain)
+        reasons = [backup.health.reason for backup in plan.chain if backup.health.reason]
+        reasons += [
+            f"{backup.id}: {backup.health.bad_page_count} damaged pages"
+            for backup in plan.chain
+            if backup.health.bad_page_count
+        ]
+        self._claim("page checksums of the backup", verdict, _some(reasons))
+
+    def _verify(self) -> None:
+        self.tell(Step("verify the repository"))
+        outcome: Verification = verify(self.repository, programs_for=self.options.programs_for)
+        reasons = [f"{item.object}: {item.reason}" for item in outcome.damaged]
+        reasons += [f"gap {gap.start} to {gap.end}: {gap.reason}" for gap in outcome.gaps]
+        reasons += [gap.reason for gap in outcome.not_checked]
+        text = f"{outcome.backups} backups and {outcome.segments} WAL segments"
+        self._claim("backups and WAL verified", outcome.verdict, _some([*reasons, text]))
+
+    def _proof(self, plan: RestorePlan, reached: Lsn, seconds: float, taken_at: datetime) -> Proof:
+        return Proof(
+            id=f"{clock.stamp(taken_at)}-{secrets.token_hex(2)}",
+            cluster=self.cluster,
+            backup=plan.backup.id,
+            system_identifier=self.repository.header.system_identifier,
+            timeline=plan.timeline,
+            reached_lsn=reached,
+            last_commit=plan.last_commit,
+            missing_commits=self.missing_commits,
+            claims=tuple(self.claims),
+            rto_seconds=round(seconds, 3),
+            rpo_seconds=round(self.rpo, 3) if self.rpo is not None else None,
+            taken_at=taken_at,
+            valid_until=taken_at + self.options.valid_for,
+        )
+
+
+def _some(reasons: Sequence[str], most: int = 5) -> str:
+    shown = "; ".join(reasons[:most])
+    return f"{shown}; and {len(reasons) - most} more" if len(reasons) > most else shown
