@@ -44,7 +44,9 @@ def main(arguments: list[str]) -> int:
         result = build_app()(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         message = str(error).strip()
-        Console(stderr=True, highlight=False).print(f"[bold red]error[/] {message}", markup=True, soft_wrap=True)
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]error[/] {message}", markup=True, soft_wrap=True
+        )
         return EXIT_USAGE
     except KnockwoodError as error:
         return print_error(error, as_json=as_json)

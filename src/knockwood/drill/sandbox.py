@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,17 +81,15 @@ def sandbox(*, orders: int, clients: int, seed: int, parent: Path | None = None)
         folder = Path(name)
         folder.chmod(0o755)
         with _server(folder, account) as server:
+            _prepare(server, orders)
             cluster = _cluster(folder, server)
             repository = cluster.create_repository()
             witness = Witness(folder / "witness.log")
             workload = Workload(server.dsn(DATABASE, user="app"), witness, clients=clients, seed=seed)
-            _prepare(server, orders)
-            stop = threading.Event()
             try:
                 with receiving(cluster, repository):
                     yield Sandbox(folder, server, cluster, repository, witness, workload)
             finally:
-                stop.set()
                 workload.stop()
                 witness.close()
 
@@ -104,7 +101,9 @@ def _server(folder: Path, account: privileges.Account | None) -> Iterator[LocalS
     privileges.give(home, account)
     programs = choose_programs()
     init_cluster(programs, home / "data", account=account)
-    settings = {name: value for name, value in _SETTINGS.items() if name != "summarize_wal" or programs.major >= 17}
+    settings = {
+        name: value for name, value in _SETTINGS.items() if name != "summarize_wal" or programs.major >= 17
+    }
     server = LocalServer(programs, home / "data", account=account, settings=settings)
     try:
         server.start()
@@ -119,7 +118,9 @@ def _cluster(folder: Path, server: LocalServer) -> Cluster:
         repository=str(folder / "repository"),
         data_directory=server.data_directory,
         programs=server.programs.folder,
-        invariant=[InvariantSettings(name=name, sql=sql, database=DATABASE) for name, sql in INVARIANTS.items()],
+        invariant=[
+            InvariantSettings(name=name, sql=sql, database=DATABASE) for name, sql in INVARIANTS.items()
+        ],
     )
     return Cluster(NAME, settings, folder / "state")
 

@@ -96,7 +96,9 @@ class Counters:
 class Workload:
     """`clients` threads, each with its own connection, ordering and paying until stopped."""
 
-    def __init__(self, dsn: str, witness: Witness, *, clients: int = 8, seed: int = 1, pause: float = 0.002) -> None:
+    def __init__(
+        self, dsn: str, witness: Witness, *, clients: int = 8, seed: int = 1, pause: float = 0.002
+    ) -> None:
         self._dsn = dsn
         self._witness = witness
         self._pause = pause
@@ -104,7 +106,9 @@ class Workload:
         self._lock = threading.Lock()
         self.counters = Counters()
         self._threads = [
-            threading.Thread(target=self._client, args=(number, random.Random(seed * 1000 + number)), daemon=True)
+            threading.Thread(
+                target=self._client, args=(number, random.Random(seed * 1000 + number)), daemon=True
+            )
             for number in range(1, clients + 1)
         ]
 
@@ -180,7 +184,9 @@ def _recover(
     return connection
 
 
-def _order(connection: psycopg.Connection[tuple[object, ...]], token: int, chance: random.Random) -> tuple[str, int]:
+def _order(
+    connection: psycopg.Connection[tuple[object, ...]], token: int, chance: random.Random
+) -> tuple[str, int]:
     # Products in order of their id: two orders never wait for each other in a circle.
     products = sorted(chance.sample(range(1, 201), chance.randint(1, 3)))
     lines = [(product, chance.randint(1, 5)) for product in products]
@@ -227,7 +233,9 @@ def tokens_present(dsn: str) -> dict[str, frozenset[int]]:
         ("payment", "select id from payments"),
     )
     with connect(dsn) as connection, translated():
-        connection.execute("set enable_indexscan = off; set enable_indexonlyscan = off; set enable_bitmapscan = off")
+        connection.execute(
+            "set enable_indexscan = off; set enable_indexonlyscan = off; set enable_bitmapscan = off"
+        )
         for kind, query in queries:
             found[kind] = frozenset(row[0] for row in connection.execute(query))
     return found

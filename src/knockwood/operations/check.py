@@ -58,7 +58,9 @@ def _on_clone(
     cluster: Cluster, repository: Repository | None, names: list[str], progress: Progress | None
 ) -> tuple[CheckResult, ...]:
     if repository is None:
-        return _not_checked(names, "heavy checks run on a clone and there is no repository; --here runs them here")
+        return _not_checked(
+            names, "heavy checks run on a clone and there is no repository; --here runs them here"
+        )
     try:
         plan = resolve(repository, Latest(), programs_for=cluster.programs)
         clone = spawn(repository, plan, programs=cluster.programs(plan.chain[-1].major), purpose="check")

@@ -73,7 +73,9 @@ def examine(cluster: Cluster) -> Diagnosis:
         with connect(cluster.dsn) as connection:
             facts = server_facts(connection)
             items.append(
-                Prerequisite("server", Verdict.HELD, f"PostgreSQL {facts.major}, cluster {facts.system_identifier}")
+                Prerequisite(
+                    "server", Verdict.HELD, f"PostgreSQL {facts.major}, cluster {facts.system_identifier}"
+                )
             )
             items += _server(connection, cluster, facts)
             replication = _replication(cluster)
@@ -124,7 +126,9 @@ def _server(connection: Connection, cluster: Cluster, facts: ServerFacts) -> Ite
     yield Prerequisite(
         "data_checksums",
         Verdict.HELD if facts.checksums else Verdict.BROKEN,
-        "page checksums are on" if facts.checksums else "page checksums are off: a disk's bit flip goes unnoticed",
+        "page checksums are on"
+        if facts.checksums
+        else "page checksums are off: a disk's bit flip goes unnoticed",
         "" if facts.checksums else "stop the server and run pg_checksums --enable",
     )
     incremental = cluster.settings.backup.incremental is not None
@@ -166,7 +170,11 @@ def _programs(cluster: Cluster, facts: ServerFacts) -> Iterator[Prerequisite]:
     except KnockwoodError as error:
         yield Prerequisite("programs", Verdict.BROKEN, str(error), error.hint or "")
         return
-    lacking = [name for name in ("postgres", "pg_receivewal", "pg_waldump", "pg_controldata") if not programs.has(name)]
+    lacking = [
+        name
+        for name in ("postgres", "pg_receivewal", "pg_waldump", "pg_controldata")
+        if not programs.has(name)
+    ]
     yield Prerequisite(
         "programs",
         Verdict.BROKEN if lacking else Verdict.HELD,
@@ -214,7 +222,9 @@ def _extensions(connection: Connection, cluster: Cluster) -> Iterator[Prerequisi
     for database in databases:
         try:
             with connect(with_words(cluster.dsn, dbname=database)) as inside, translated():
-                present = {str(row[0]) for row in inside.execute("select extname from pg_catalog.pg_extension")}
+                present = {
+                    str(row[0]) for row in inside.execute("select extname from pg_catalog.pg_extension")
+                }
         except KnockwoodError:
             unseen.append(database)
             continue

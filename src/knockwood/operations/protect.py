@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from knockwood.errors import LockHeldError
 from knockwood.operations.cluster import Cluster
 from knockwood.postgres.connection import connect, translated
-from knockwood.repository import receive
+from knockwood.repository import receive, receive_server
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.backups.take import Effort, OnProgress, take_backup
 from knockwood.repository.receive import Receiver, ReceiverEvent
@@ -48,24 +48,36 @@ def receiving(cluster: Cluster, repository: Repository) -> Iterator[Receiver]:
 
 
 @contextmanager
-def wal_arriving(cluster: Cluster, repository: Repository) -> Iterator[None]:
+def wal_arriving(
+    cluster: Cluster, repository: Repository, *, also_beside_push: bool = False
+) -> Iterator[None]:
     """Make sure that WAL reaches the repository while the block runs.
 
-    Where a receiver is at work already, or the server pushes by archive_command, nothing is added.
+    Where a receiver is at work already, or the server pushes by archive_command, nothing is added
+    (pushing archives whole segments only: with `also_beside_push` the tail is received too).
     """
-    if _pushes(cluster):
+    if not also_beside_push and _pushes(cluster):
         yield
         return
-    running = receive.receiving(receiver(cluster, repository))
-    try:
-        running.__enter__()
-    except LockHeldError:
-        yield  # another process receives
-        return
-    try:
-        yield
-    finally:
-        running.__exit__(None, None, None)
+    with ExitStack() as stack:
+        had_slot = _has_slot(cluster)
+        try:
+            stack.enter_context(receive.receiving(receiver(cluster, repository)))
+        except LockHeldError:
+            had_slot = True  # another process receives; the slot is its own
+        try:
+            yield
+        finally:
+            stack.close()
+            if not had_slot:
+                # A slot that nobody reads makes the server keep WAL until its disk is full.
+                with connect(cluster.dsn) as connection:
+                    receive_server.drop_slot(connection, cluster.settings.wal.slot)
+
+
+def _has_slot(cluster: Cluster) -> bool:
+    with connect(cluster.dsn) as connection:
+        return receive_server.find_slot(connection, cluster.settings.wal.slot) is not None
 
 
 def _pushes(cluster: Cluster) -> bool:

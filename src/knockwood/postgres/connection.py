@@ -62,6 +62,8 @@ def _operational(error: psycopg.OperationalError, where: str | None) -> Postgres
             where=where,
             hint="is the role right, its password in ~/.pgpass, and pg_hba.conf open to it?",
         )
+    if "FATAL:" in text and not re.search(r"starting up|shutting down|in recovery mode|too many clients", text):
+        return PostgresError(text, where=where)  # somebody answered
     if error.sqlstate is None or error.sqlstate.startswith(("57P0", "08")):
         return ServerDownError(
             text, where=where, hint="does the server run, and does it listen at this address?"

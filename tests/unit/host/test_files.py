@@ -33,7 +33,11 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
-    with pytest.raises(NoSpaceError, match="disk is full"), files.translated(tmp_path), Path("/dev/full").open("wb", 0) as full:
+    with (
+        pytest.raises(NoSpaceError, match="disk is full"),
+        files.translated(tmp_path),
+        Path("/dev/full").open("wb", 0) as full,
+    ):
         full.write(b"x")
 
 

@@ -62,7 +62,11 @@ def test_a_range_cannot_run_backwards() -> None:
 def test_a_history_is_a_path_of_timelines() -> None:
     text = "1\t0/3000000\tno recovery target specified\n\n# words\n2\t0/5000000\tbefore something\n"
     history = TimelineHistory.parse(Timeline(3), text)
-    assert history.path() == [(1, Lsn(0), Lsn(0x3000000)), (2, Lsn(0x3000000), Lsn(0x5000000)), (3, Lsn(0x5000000), None)]
+    assert history.path() == [
+        (1, Lsn(0), Lsn(0x3000000)),
+        (2, Lsn(0x3000000), Lsn(0x5000000)),
+        (3, Lsn(0x5000000), None),
+    ]
     assert history.timeline_at(Lsn(0x2FFFFFF)) == 1
     assert history.timeline_at(Lsn(0x3000000)) == 2
     assert history.timeline_at(Lsn(0x9000000)) == 3

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from cyclopts import App
 
-from knockwood.cli.commands import backup, check, doctor, init, wal
+from knockwood.cli.commands import backup, check, doctor, drill, expire, init, restore, verify, wal
 
-_MODULES = (init, doctor, wal, backup, check)
+_MODULES = (init, doctor, wal, backup, verify, check, restore, expire, drill)
 
 
 def register_commands(app: App) -> None:

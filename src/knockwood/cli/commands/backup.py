@@ -25,7 +25,9 @@ def register(app: App) -> None:
 
 def backup(
     *,
-    incremental: Annotated[bool, Parameter(negative="", help="Only what changed; PostgreSQL 17 or newer.")] = False,
+    incremental: Annotated[
+        bool, Parameter(negative="", help="Only what changed; PostgreSQL 17 or newer.")
+    ] = False,
     wal_timeout: Annotated[float, Parameter(help="Seconds to wait for the WAL that completes it.")] = 300,
     common: Common = DEFAULT,
 ) -> Answer:

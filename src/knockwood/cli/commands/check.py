@@ -26,7 +26,9 @@ def register(app: App) -> None:
 
 def check(
     *names: str,
-    heavy: Annotated[bool, Parameter(negative="", help="Also the checks that read everything, on a clone.")] = False,
+    heavy: Annotated[
+        bool, Parameter(negative="", help="Also the checks that read everything, on a clone.")
+    ] = False,
     here: Annotated[bool, Parameter(negative="", help="Run heavy checks on the server itself.")] = False,
     max_load: Annotated[float | None, Parameter(help="Wait while the load per core is above this.")] = None,
     statement_timeout: Annotated[str, Parameter(help="Longest single query.")] = "5m",
@@ -84,7 +86,9 @@ def show_report(console: Console, report: Report) -> None:
     for result in report.results:
         console.print(f"{coloured(result.verdict):>28}  {result.name} [dim]{result.seconds:.2f} s[/]")
     for finding in report.findings:
-        console.print(f"\n[bold red]{finding.severity}[/] [bold]{escape(finding.summary)}[/] [dim]{finding.check}[/]")
+        console.print(
+            f"\n[bold red]{finding.severity}[/] [bold]{escape(finding.summary)}[/] [dim]{finding.check}[/]"
+        )
         console.print(f"  where    {escape(str(finding.location))}", soft_wrap=True)
         if finding.meaning:
             console.print(f"  meaning  {escape(finding.meaning)}", soft_wrap=True)

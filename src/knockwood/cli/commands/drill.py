@@ -62,7 +62,9 @@ def run_drills(
     cards: list[Scorecard] = []
     stage = Console(highlight=False, stderr=common.json)
     for scenario in chosen:
-        stage.print(Panel(escape(scenario.about), title=f"[bold]{escape(scenario.title)}[/]", title_align="left"))
+        stage.print(
+            Panel(escape(scenario.about), title=f"[bold]{escape(scenario.title)}[/]", title_align="left")
+        )
         story = Story(lambda line: _tell(stage, line))
         cards.append(scenario.play(story, Scale(orders=orders, clients=clients), seed, None))
         if not common.json:
@@ -73,7 +75,12 @@ def run_drills(
 
 def _tell(console: Console, line: Line) -> None:
     mark, style = _MARKS[line.kind]
-    console.print(f"[dim]{line.at:6.1f} s[/]  [{style}]{mark}[/] {escape(line.text)}")
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(justify="right", width=8, style="dim")
+    grid.add_column(width=1)
+    grid.add_column()
+    grid.add_row(f"{line.at:.1f} s", f"[{style}]{mark}[/]", escape(line.text))
+    console.print(grid)
 
 
 def _show_card(console: Console, card: Scorecard) -> None:
@@ -87,8 +94,12 @@ def _show_card(console: Console, card: Scorecard) -> None:
     table.add_row("time to proved", seconds(times.verify))
     table.add_row("promised commits", f"{card.acknowledged_commits:,}")
     table.add_row("lost", f"{card.good_transactions_lost:,}")
-    table.add_row("failed requests", f"{card.failed_requests:,} (longest stall {seconds(card.longest_stall)})")
+    table.add_row(
+        "failed requests", f"{card.failed_requests:,} (longest stall {seconds(card.longest_stall)})"
+    )
     for item in card.gates:
         mark = "[green]passed[/]" if item.passed else "[bold red]FAILED[/]"
         table.add_row(f"gate: {item.name}", f"{mark} [dim]{escape(item.detail)}[/]")
-    console.print(Panel(table, title=f"scorecard {card.scenario}: {coloured(card.verdict)}", title_align="left"))
+    console.print(
+        Panel(table, title=f"scorecard {card.scenario}: {coloured(card.verdict)}", title_align="left")
+    )

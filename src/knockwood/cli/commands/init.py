@@ -54,10 +54,18 @@ def init(
     def show(console: Console) -> None:
         console.print(f"wrote {path}; the repository is {made.storage.url}")
         if plan.statements:
-            console.print("the server was prepared with:" if apply else "\nrun this once as a superuser (or init --apply):")
+            console.print(
+                "the server was prepared with:"
+                if apply
+                else "\nrun this once as a superuser (or init --apply):"
+            )
         for statement in plan.statements:
-            console.print(f"  [dim]{escape(statement.database)}=#[/] {escape(statement.text)};", soft_wrap=True)
-        console.print("\nnext: knockwood doctor; then keep `knockwood wal receive` running and take a `knockwood backup`")
+            console.print(
+                f"  [dim]{escape(statement.database)}=#[/] {escape(statement.text)};", soft_wrap=True
+            )
+        console.print(
+            "\nnext: knockwood doctor; then keep `knockwood wal receive` running and take a `knockwood backup`"
+        )
 
     sql = [{"database": statement.database, "sql": statement.text} for statement in plan.statements]
     return Answer({"config": str(path), "repository": made.storage.url, "sql": sql, "applied": apply}, show)

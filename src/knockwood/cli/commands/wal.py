@@ -47,7 +47,9 @@ def _report(event: ReceiverEvent) -> None:
         return
     console = Console(stderr=True, highlight=False)
     style = "red" if event.error else "green"
-    console.print(f"[dim]{clock.now():%H:%M:%S}[/] [{style}]{event.kind}[/] {escape(event.text)}", soft_wrap=True)
+    console.print(
+        f"[dim]{clock.now():%H:%M:%S}[/] [{style}]{event.kind}[/] {escape(event.text)}", soft_wrap=True
+    )
     if event.error is not None and event.error.hint:
         console.print(f"         {escape(event.error.hint)}", soft_wrap=True)
 

@@ -15,11 +15,12 @@ from knockwood.host import clock, privileges
 from knockwood.integrity.check import Budget, Role, Subject
 from knockwood.integrity.run import Report, run_checks
 from knockwood.model import Finding, Verdict
+from knockwood.operations.freshness import bring_up_to_date
 from knockwood.operations.protect import take
 from knockwood.operations.restore import RestoreOutcome, restore
 from knockwood.postgres.connection import ServerFacts, connect, server_facts
 from knockwood.postgres.server import LocalServer
-from knockwood.repository.targets import Target
+from knockwood.repository.targets import Latest, Target
 
 DETECTORS = ("page_checksums", "invariants")
 
@@ -75,7 +76,9 @@ def watch(box: Sandbox, story: Story, since: float, limit: float = 60) -> tuple[
             break
         clock.sleep(0.2)
     for finding in report.findings[:4]:
-        story.say(Kind.FOUND, f"{finding.check}: {finding.summary}")
+        place = finding.location.index or finding.location.relation or finding.location.key or ""
+        block = f" block {finding.location.block}" if finding.location.block is not None else ""
+        story.say(Kind.FOUND, f"{finding.check}: {place}{block}: {finding.summary}")
     if len(report.findings) > 4:
         story.say(Kind.FOUND, f"and {len(report.findings) - 4} more findings")
     return report, took
@@ -83,12 +86,15 @@ def watch(box: Sandbox, story: Story, since: float, limit: float = 60) -> tuple[
 
 def restore_beside(box: Sandbox, story: Story, target: Target) -> RestoreOutcome:
     """Restore into a folder beside production, to the target, and say what was reached."""
+    if target == Latest():
+        fresh = bring_up_to_date(box.cluster, box.repository)
+        story.say(Kind.DONE if fresh.complete else Kind.FAILED, fresh.detail)
     into = box.folder / "restored"
     outcome = restore(
         box.repository,
         target,
         into / "data",
-        programs=box.server.programs,
+        programs_for=lambda _: box.server.programs,
         account=privileges.server_account(),
     )
     commit = outcome.last_commit
@@ -148,7 +154,8 @@ def blocks_named(findings: Iterable[Finding], relation: str) -> set[int]:
     return {
         finding.location.block
         for finding in findings
-        if finding.location.block is not None and (finding.location.relation or "").endswith(relation)
+        if finding.location.block is not None
+        and (finding.location.index or finding.location.relation or "").rpartition(".")[2] == relation
     }
 
 

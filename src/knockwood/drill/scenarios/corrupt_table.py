@@ -49,10 +49,16 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
         detect = clock.monotonic() - struck - scale.aftermath
         box.workload.stop()
         counters = box.workload.counters
-        story.say(Kind.FOUND, f"the application: {counters.failed} failed requests, {counters.acknowledged} kept promises")
+        story.say(
+            Kind.FOUND,
+            f"the application: {counters.failed} failed requests, {counters.acknowledged} kept promises",
+        )
         exact = all(blocks_named(report.findings, d.relation) == d.blocks for d in damages)
         diagnosed = clock.monotonic() - struck - scale.aftermath
-        story.say(Kind.FOUND, "cause: damage on disk; every page that was hit is named" if exact else "not all named")
+        story.say(
+            Kind.FOUND,
+            "cause: damage on disk; every page that was hit is named" if exact else "not all named",
+        )
         restore_beside(box, story, Latest())
         restored = clock.monotonic() - struck
         with restored_server(box) as server:
@@ -77,7 +83,11 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
             longest_stall=counters.longest_stall,
             findings=tuple(finding.summary for finding in report.findings),
             gates=(
-                gate("silent while healthy", not healthy.findings, f"{len(healthy.findings)} findings before the fault"),
+                gate(
+                    "silent while healthy",
+                    not healthy.findings,
+                    f"{len(healthy.findings)} findings before the fault",
+                ),
                 gate("all damage named", exact, f"{len(report.findings)} findings"),
                 gate("no acknowledged commit lost", lost == 0, f"{lost} of {len(promises)}"),
                 gate("restored cluster is clean", not after.findings, f"{len(after.findings)} findings"),
@@ -103,7 +113,9 @@ def _strike(box: Sandbox, chance: random.Random) -> tuple[_Damage, ...]:
         if _ == 0:
             for damage in damages:
                 for block in sorted(damage.blocks):
-                    faults.bit_flip(box.server.data_directory, damage.path, block, offset=chance.randrange(3000, 8000))
+                    faults.bit_flip(
+                        box.server.data_directory, damage.path, block, offset=chance.randrange(3000, 8000)
+                    )
     return tuple(damages)
 
 

@@ -49,7 +49,9 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
         suspects = box.sql(_WRITERS)
         accused = int(str(suspects[0][0])) if suspects else 0
         diagnosed = clock.monotonic() - struck - scale.aftermath
-        story.say(Kind.FOUND, f"the broken rows were written by transaction {accused} ({_share(suspects)} of them)")
+        story.say(
+            Kind.FOUND, f"the broken rows were written by transaction {accused} ({_share(suspects)} of them)"
+        )
         restore_beside(box, story, BeforeXid(accused))
         restored = clock.monotonic() - struck
         box.workload.stop()
@@ -65,7 +67,9 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
             Kind.PROVED if lost_before == 0 else Kind.FAILED,
             f"the witness: {len(before):,} commits promised before the script, {lost_before} missing in the restored shop",
         )
-        story.say(Kind.PROVED, f"{later:,} later good transactions live on in production, which was not touched")
+        story.say(
+            Kind.PROVED, f"{later:,} later good transactions live on in production, which was not touched"
+        )
         counters = box.workload.counters
         return Scorecard(
             scenario=ROGUE_SCRIPT.name,
@@ -80,10 +84,20 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
             longest_stall=counters.longest_stall,
             findings=tuple(finding.summary for finding in report.findings),
             gates=(
-                gate("silent while healthy", not healthy.findings, f"{len(healthy.findings)} findings before the fault"),
+                gate(
+                    "silent while healthy",
+                    not healthy.findings,
+                    f"{len(healthy.findings)} findings before the fault",
+                ),
                 gate("the script was found", bool(report.findings), f"{len(report.findings)} findings"),
-                gate("the right transaction accused", accused == guilty, f"accused {accused}, ran as {guilty}"),
-                gate("no acknowledged commit lost", lost + lost_before == 0, f"{lost + lost_before} of {len(promises)}"),
+                gate(
+                    "the right transaction accused", accused == guilty, f"accused {accused}, ran as {guilty}"
+                ),
+                gate(
+                    "no acknowledged commit lost",
+                    lost + lost_before == 0,
+                    f"{lost + lost_before} of {len(promises)}",
+                ),
                 gate("restored cluster is clean", not after.findings, f"{len(after.findings)} findings"),
             ),
         )

@@ -1,0 +1,71 @@
+"""Bring the archive up to what the live server has promised, before a restore relies on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from knockwood.errors import KnockwoodError, PostgresError, RefusedError
+from knockwood.host import clock
+from knockwood.model import Lsn, WalRange, WalSegment
+from knockwood.operations.cluster import Cluster
+from knockwood.operations.protect import wal_arriving
+from knockwood.repository import receive_server
+from knockwood.repository.archive import WalArchive
+from knockwood.repository.repository import Repository
+
+_POLL = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """How the archive stands to the live server.
+
+    `promised` is the server's flush position when it was asked: every commit it acknowledged before lies
+    below. None where the server did not answer; then only the archive itself can say what there is.
+    """
+
+    promised: Lsn | None
+    complete: bool
+    detail: str
+
+
+def bring_up_to_date(cluster: Cluster, repository: Repository, timeout: float = 30) -> Freshness:
+    """Wait until the archive holds all that the server has flushed; receives it where nobody else does.
+
+    Never raises for a server that is down: that is when people restore.
+    """
+    try:
+        promised = receive_server.flush_position(cluster.dsn)
+        position = receive_server.identify(cluster.dsn)
+    except PostgresError as error:
+        return Freshness(None, False, f"the live server does not answer, the archive alone counts: {error}")
+    timeline = position.history.timeline
+    segment = WalSegment.containing(timeline, promised, repository.header.segment_bytes)
+    tail = WalRange(timeline, min(segment.start, promised), promised)
+    try:
+        with wal_arriving(cluster, repository, also_beside_push=True):
+            if _arrived(WalArchive(repository), tail, timeout):
+                return Freshness(
+                    promised, True, f"the archive holds all that the live server promised ({promised})"
+                )
+    except KnockwoodError as error:
+        return Freshness(promised, False, f"the newest WAL could not be received: {error}")
+    return Freshness(promised, False, f"the archive did not reach {promised} within {timeout:.0f} s")
+
+
+def _arrived(archive: WalArchive, tail: WalRange, timeout: float) -> bool:
+    deadline = clock.monotonic() + timeout
+    while not archive.inventory().covers(tail):
+        if clock.monotonic() > deadline:
+            return False
+        clock.sleep(_POLL)
+    return True
+
+
+def require_complete(freshness: Freshness) -> None:
+    """Raise RefusedError when the live server has promised more than the archive holds."""
+    if freshness.promised is not None and not freshness.complete:
+        raise RefusedError(
+            f"{freshness.detail}: a restore to latest would lack committed transactions",
+            hint="keep `knockwood wal receive` running, or restore what there is with --accept-loss",
+        )
