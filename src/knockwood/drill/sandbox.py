@@ -128,8 +128,11 @@ def _cluster(folder: Path, server: LocalServer) -> Cluster:
 def _prepare(server: LocalServer, orders: int) -> None:
     with connect(server.dsn()) as connection, translated():
         connection.execute("create role app login")
+    # In every database, so that every check can look everywhere.
+    for database in ("template1", "postgres"):
+        with connect(server.dsn(database)) as connection, translated():
+            for extension in _EXTENSIONS:
+                connection.execute(f"create extension if not exists {extension}")
+    with connect(server.dsn()) as connection, translated():
         connection.execute(f"create database {DATABASE} owner app")
-    with connect(server.dsn(DATABASE)) as connection, translated():
-        for extension in _EXTENSIONS:
-            connection.execute(f"create extension if not exists {extension}")
     create_shop(server.dsn(DATABASE, user="app"), orders)

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 import psycopg
 
@@ -197,7 +198,7 @@ def _order(
         ).fetchone()
         assert row is not None
         priced.append((product, quantity, row[0]))
-    total = str(sum(quantity * price for _, quantity, price in priced))  # type: ignore[operator]
+    total = str(sum(quantity * Decimal(str(price)) for _, quantity, price in priced))
     note = "".join(chance.choices("abcdefghijklmnopqrstuvwxyz ", k=60))
     row = connection.execute(
         "insert into orders (id, customer, total, note) values (%s, %s, %s, %s)"

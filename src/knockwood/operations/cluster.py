@@ -85,7 +85,8 @@ class Cluster:
 
     def invariants(self) -> tuple[Invariant, ...]:
         return tuple(
-            Invariant(entry.name, entry.sql, entry.database, entry.severity) for entry in self.settings.invariant
+            Invariant(entry.name, entry.sql, entry.database, entry.severity)
+            for entry in self.settings.invariant
         )
 
     def subject(self, budget: Budget, *, repository: Repository | None = None) -> Subject:

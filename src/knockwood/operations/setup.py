@@ -79,7 +79,9 @@ def prepare(name: str, dsn: str, repository: str, data_directory: Path | None, r
     """Look at the server and make the plan; changes nothing. `role` is who Knockwood will connect as."""
     with connect(dsn) as connection, translated():
         facts = server_facts(connection)
-        exists = connection.execute("select rolsuper from pg_catalog.pg_roles where rolname = %s", [role]).fetchone()
+        exists = connection.execute(
+            "select rolsuper from pg_catalog.pg_roles where rolname = %s", [role]
+        ).fetchone()
         databases = [
             str(row[0])
             for row in connection.execute(
@@ -104,7 +106,9 @@ def prepare(name: str, dsn: str, repository: str, data_directory: Path | None, r
 def _extension_statements(dsn: str, database: str, role: str, *, superuser: bool) -> list[Statement]:
     with connect(with_words(dsn, dbname=database)) as connection, translated():
         present = {str(row[0]) for row in connection.execute("select extname from pg_catalog.pg_extension")}
-        offered = {str(row[0]) for row in connection.execute("select name from pg_catalog.pg_available_extensions")}
+        offered = {
+            str(row[0]) for row in connection.execute("select name from pg_catalog.pg_available_extensions")
+        }
     statements: list[Statement] = []
     for extension in EXTENSIONS:
         if extension not in offered:
@@ -120,7 +124,7 @@ def _extension_statements(dsn: str, database: str, role: str, *, superuser: bool
 
 
 def _statement(database: str, template: str, *names: sql.Identifier) -> Statement:
-    return Statement(database, sql.SQL(template).format(*names).as_string(None))  # type: ignore[arg-type]
+    return Statement(database, sql.SQL(template).format(*names).as_string(None))
 
 
 def apply_statements(dsn: str, preparation: Preparation) -> None:

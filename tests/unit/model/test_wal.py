@@ -74,7 +74,7 @@ def test_a_history_is_a_path_of_timelines() -> None:
 
 @pytest.mark.parametrize("text", ["x\t0/0", "1", "2\t0/1\n1\t0/2", "1\tzero"])
 def test_a_damaged_history_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="history|LSN"):
+    with pytest.raises(ValueError, match=r"history|LSN"):
         TimelineHistory.parse(Timeline(3), text)
 
 
