@@ -65,7 +65,8 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
         verified = clock.monotonic() - struck
         story.say(
             Kind.PROVED if lost_before == 0 else Kind.FAILED,
-            f"the witness: {len(before):,} commits promised before the script, {lost_before} missing in the restored shop",
+            f"the witness: {len(before):,} commits promised before the script,"
+            f" {lost_before} missing in the restored shop",
         )
         story.say(
             Kind.PROVED, f"{later:,} later good transactions live on in production, which was not touched"
