@@ -91,7 +91,7 @@ TERMINATED = "pg_receivewal: error: unexpected termination of replication stream
 ENDINGS = {
     f"{TERMINATED}ERROR:  requested WAL segment 000000010000000000000002 has already been removed": True,
     f"{TERMINATED}FEHLER:  das angeforderte WAL-Segment 000000010000000000000002 wurde entfernt": True,
-    'could not write 8192 bytes to WAL file "00000001000000000000002A.partial": No space left on device': None,
+    'could not write 512 bytes to file "00000001000000000000002A.partial": No space left on device': None,
     'could not open write-ahead log file "/spool/000000010000000000000002": Is a directory': False,
     'could not send replication command: ERROR:  replication slot "x" is active for PID 12': False,
     "": False,
