@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fix_archive import Archived, new_archive
-
 from knockwood.host import privileges
 from knockwood.model import WalSegment
 from knockwood.postgres.binaries import Programs
@@ -73,7 +72,13 @@ def restored(
     """Fetch a chain, add the WAL it needs, and start a server on it."""
     account = privileges.server_account()
     fetch_chain(
-        repository, links, into, account=account, programs=programs, tablespace_root=tablespace_root, sync=False
+        repository,
+        links,
+        into,
+        account=account,
+        programs=programs,
+        tablespace_root=tablespace_root,
+        sync=False,
     )
     add_wal(repository, links[-1], into)
     server = LocalServer(programs, into, account=account, settings={"fsync": "off"})

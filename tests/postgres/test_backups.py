@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pyrage
 import pytest
-from fix_archive import Archived
-from fix_backup import KEEP_WAL, backed_up, repository_of, restored
 
+from fix_archive import Archived
+from fix_backup import KEEP_WAL, archiving, backed_up, repository_of, restored
 from knockwood.errors import (
     BackupIncompleteError,
     DirectoryNotEmptyError,
@@ -43,7 +43,6 @@ from knockwood.repository.backups import (
     relation_map,
     take_backup,
 )
-from knockwood.repository.backups.model import BadPage
 from knockwood.repository.leases import lease
 from knockwood.repository.repository import Repository
 
@@ -318,8 +317,6 @@ def test_a_page_whole_on_the_servers_disk_but_not_in_the_stream_is_a_bad_copy(
             damage(made.server, table, 7)
 
     mended = False
-    from fix_backup import archiving
-
     with archiving(made):
         backup = take_backup(
             made.repository, made.server.dsn(), progress=mend_then_take, effort=Effort(wal_timeout=30)
@@ -338,8 +335,10 @@ def test_backups_under_heavy_writing_show_no_false_damage(
         processes.start(
             [
                 made.server.programs.path("psql"), "-q", made.server.dsn(), "-c",
-                "do $$ begin loop update t set b = repeat(md5(random()::text), 9) "
-                f"where a % 8 = {number}; commit; end loop; end $$",
+                (
+                    "do $$ begin loop update t set b = repeat(md5(random()::text), 9) "
+                    f"where a % 8 = {number}; commit; end loop; end $$"
+                ),
             ]
         )
         for number in range(2)
@@ -481,7 +480,9 @@ def test_a_single_block_is_read_from_a_backup(stored: tuple[Archived, Backup]) -
 
 def test_members_chosen_by_a_rule_are_fetched(stored: tuple[Archived, Backup], folder: Path) -> None:
     made, backup = stored
-    fetch_members(made.repository, backup, lambda member: member.path.split("/")[0] != "base", folder / "part")
+    fetch_members(
+        made.repository, backup, lambda member: member.path.split("/")[0] != "base", folder / "part"
+    )
     assert (folder / "part" / "global" / "pg_control").exists()
     assert (folder / "part" / "PG_VERSION").read_text() == "18\n"
     assert not (folder / "part" / "base").exists()
