@@ -35,6 +35,9 @@ from knockwood.repository.storage.holder import Holder
 
 _KEPT: Final = 2
 
+_PATIENCE: Final = 10
+"""Seconds that giving a lease back waits for a renewal under way."""
+
 _GRANULARITY: Final = 2
 """Seconds; object stores keep times to the second."""
 
@@ -104,23 +107,26 @@ class Lease:
     def release(self) -> None:
         """Give the lease back; one that cannot be given back now ends by itself."""
         self._stopping.set()
-        self._thread.join()
+        # A renewal may wait for a storage that does not answer: nobody has to wait with it.
+        free = self._busy.acquire(timeout=_PATIENCE)
         try:
-            with self._busy:
-                if self._lost is None:
-                    self._advance(self.generation + 1, None)
+            if free and self._lost is None:
+                self._advance(self.generation + 1, None)
         except KnockwoodError:
             # The work is done; our process no longer counts the token as held, and for others the
             # lease runs out.
             pass
         finally:
+            if free:
+                self._busy.release()
             self.holder.end()
 
     def _renew_until_released(self) -> None:
         while not self._stopping.wait(self.holder.ttl / 3):
             try:
                 with self._busy:
-                    self._renew()
+                    if not self._stopping.is_set():
+                        self._renew()
             except LockHeldError:
                 return
             except KnockwoodError:

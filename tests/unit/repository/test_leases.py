@@ -234,6 +234,16 @@ def test_a_lease_that_could_not_be_renewed_in_time_is_found_out(tmp_path: Path) 
             held.assert_held()
 
 
+def test_giving_back_does_not_wait_for_a_dead_storage(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knockwood.repository.leases._PATIENCE", 0.01)
+    with lease(place, "backup", "base backup") as held:
+        held._busy.acquire()
+    held._busy.release()
+    # It was not given back, and yet this process knows that nobody works under it.
+    with lease(place, "backup", "mine"):
+        pass
+
+
 def test_of_many_threads_one_wins(place: Place) -> None:
     for _ in range(10):
         together = threading.Barrier(8)

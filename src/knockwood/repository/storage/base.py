@@ -22,7 +22,9 @@ class ObjectInfo:
 class Storage(Protocol):
     """Names are relative paths with `/`. All methods may be called from several threads.
 
-    Every method raises StorageUnavailableError for a passing failure and RepositoryError otherwise.
+    Every method raises StorageUnavailableError for a passing failure and RepositoryError otherwise; a
+    folder raises HostError or NoSpaceError for what the machine refuses. Who is told that an object
+    exists may rely on it: it is durable.
     """
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -196,3 +199,17 @@ def test_addresses_that_cannot_be_meant(address: str, error: str) -> None:
 def test_addresses_of_folders(tmp_path: Path) -> None:
     assert open_storage(f"file://{tmp_path}/with%20space").url == f"{tmp_path}/with space"
     assert open_storage("s3://bucket/some/prefix/").url == "s3://bucket/some/prefix"
+
+
+def test_a_missing_client_is_said_with_the_remedy() -> None:
+    program = (
+        "import sys; sys.modules['obstore'] = None\n"
+        "from knockwood.errors import SettingsError\n"
+        "from knockwood.repository.storage import open_storage\n"
+        "open_storage('/tmp')\n"
+        "try: open_storage('s3://bucket/x')\n"
+        "except SettingsError as error: print(error.hint)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == ("pip install 'knockwood[s3]'\n", "")
