@@ -62,8 +62,8 @@ def test_chunks_are_the_part_asked_for(
 
 
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:
-    with file_lock(tmp_path / "lock", "backup"):
-        with pytest.raises(LockHeldError, match="another"), file_lock(tmp_path / "lock", "backup"):
-            pass
-    with file_lock(tmp_path / "lock", "backup"):
-        assert (tmp_path / "lock").exists()
+    path = tmp_path / "lock"
+    with file_lock(path, "backup"), pytest.raises(LockHeldError, match="another"), file_lock(path, "backup"):
+        pass
+    with file_lock(path, "backup"):
+        assert path.exists()

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from cyclopts import App
 
-from knockwood.cli.commands import backup, check, doctor, drill, expire, init, restore, verify, wal
+from knockwood.cli.commands import (
+    backup,
+    check,
+    doctor,
+    drill,
+    expire,
+    init,
+    prove,
+    restore,
+    status,
+    verify,
+    wal,
+)
 
-_MODULES = (init, doctor, wal, backup, verify, check, restore, expire, drill)
+_MODULES = (init, doctor, status, wal, backup, verify, prove, check, restore, expire, drill)
 
 
 def register_commands(app: App) -> None:
