@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,6 +68,7 @@ def restored(
     programs: Programs,
     *,
     tablespace_root: Path | None = None,
+    before_start: Callable[[Path], None] = lambda into: None,
 ) -> Iterator[LocalServer]:
     """Fetch a chain, add the WAL it needs, and start a server on it."""
     account = privileges.server_account()
@@ -80,6 +81,7 @@ def restored(
         tablespace_root=tablespace_root,
         sync=False,
     )
+    before_start(into)
     add_wal(repository, links[-1], into)
     server = LocalServer(programs, into, account=account, settings={"fsync": "off"})
     try:

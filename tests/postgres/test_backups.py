@@ -99,23 +99,22 @@ def test_a_full_backup_restores_to_a_cluster_that_starts_with_its_rows(
     assert backup.raw_bytes > backup.stored_bytes > 0
     query(made.server, "drop table t")
     into = folder / "restored"
-    with restored(made.repository, [backup], into, made.server.programs) as server:
+
+    def postgresqls_own_verifier_accepts(into: Path) -> None:
+        program = made.server.programs.path("pg_verifybackup")
+        done = processes.run([program, "--no-parse-wal", into], account=made.server.account)
+        assert "successfully verified" in done.out
+
+    with restored(
+        made.repository,
+        [backup],
+        into,
+        made.server.programs,
+        before_start=postgresqls_own_verifier_accepts,
+    ) as server:
         assert query(server, ROWS) == before
     assert into.stat().st_mode & 0o777 == 0o700
     assert (into / "global" / "pg_control").stat().st_mode & 0o777 == 0o600
-
-
-def test_postgresqls_own_verifier_accepts_a_restored_backup(
-    protected: Callable[..., Archived], every_version: int, folder: Path
-) -> None:
-    made = protected(every_version)
-    backup = backed_up(made)
-    into = folder / "restored"
-    account = privileges.server_account()
-    fetch_chain(made.repository, [backup], into, account=account, programs=made.server.programs)
-    program = made.server.programs.path("pg_verifybackup")
-    done = processes.run([program, "--no-parse-wal", into], account=account)
-    assert "successfully verified" in done.out
 
 
 @pytest.mark.parametrize("major", [17, 18])

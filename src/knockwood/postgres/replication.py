@@ -98,7 +98,8 @@ class ReplicationConnection:
             self._connection.finish()
             with translated(dsn):
                 raise psycopg.OperationalError(message)
-        self._execute("SET datestyle = 'ISO'") if database else None
+        self._poll = select.poll()
+        self._poll.register(self._connection.socket, select.POLLIN)
         if self.major not in SUPPORTED:
             self.close()
             raise UnsupportedVersionError(
@@ -244,9 +245,8 @@ class ReplicationConnection:
 
     def _wait(self) -> None:
         # libpq's own waiting holds the interpreter: no other thread (a lease's renewal, say) would run.
-        poll = select.poll()
-        poll.register(self._connection.socket, select.POLLIN)
-        poll.poll()
+        # With TLS some input may lie decrypted in libpq while the socket is empty: look now and then.
+        self._poll.poll(100)
 
     def _result(self) -> pq.abc.PGresult | None:
         while self._connection.is_busy():

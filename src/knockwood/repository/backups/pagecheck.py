@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from knockwood.errors import KnockwoodError, MissingPrivilegeError
 from knockwood.host import clock
 from knockwood.model import Lsn, Verdict
 from knockwood.postgres.pages import (
@@ -27,6 +28,7 @@ _INCREMENTAL_MAGIC = 0xD3AE1F0D
 _SUSPECTS_KEPT = 100_000
 _TRIES = 5
 _RUN = 128
+_NO_LSN = Lsn(0)
 _CUT = "the file ends in the middle of a page"
 
 ReadAgain = Callable[[str, int, int], bytes | None]
@@ -40,6 +42,7 @@ class Suspect:
     file: str
     block: int
     reason: str
+    lsn: Lsn = _NO_LSN
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +135,13 @@ class PageCheck:
         with self._lock:
             self.pages += count
         for block, reason in found:
-            self.suspect(piece.relation.path, block, reason)
+            at = int(np.flatnonzero(piece.blocks == block)[0]) * PAGE_BYTES
+            self.suspect(piece.relation.path, block, reason, decode_header(pages[at : at + 24]).lsn)
 
-    def suspect(self, file: str, block: int, reason: str) -> None:
+    def suspect(self, file: str, block: int, reason: str, lsn: Lsn = _NO_LSN) -> None:
         with self._lock:
             if len(self._suspects) < _SUSPECTS_KEPT:
-                self._suspects.append(Suspect(file, block, reason))
+                self._suspects.append(Suspect(file, block, reason, lsn))
             else:
                 self._overflow += 1
 
@@ -148,7 +152,7 @@ class PageCheck:
     def merge(self, suspects: Iterable[Suspect], overflow: int, pages: int) -> None:
         """Add what another process found."""
         for one in suspects:
-            self.suspect(one.file, one.block, one.reason)
+            self.suspect(one.file, one.block, one.reason, one.lsn)
         self._overflow += overflow
         self.pages += pages
 
@@ -157,13 +161,18 @@ class PageCheck:
         """Failing pages beyond those kept."""
         return self._overflow
 
-    def health(self, start_lsn: Lsn, read_again: ReadAgain) -> BackupHealth:
+    def health(self, started: Lsn, stopped: Lsn, read_again: ReadAgain) -> BackupHealth:
         """The verdict, once the backup has ended: each failing page is read again from the server.
 
         A page that the server was writing while it was read looks bad and is not: it is whole on
-        disk now with an LSN past the backup's start, so the WAL of the backup mends our copy.
+        disk now with an LSN past the backup's start, so the WAL of the backup mends our copy. Where
+        the role may not read files, a page whose LSN says that it was written meanwhile is let pass.
         """
-        bad = [page for group in _runs(self.suspects) for page in self._judge(group, start_lsn, read_again)]
+        bad = [
+            page
+            for group in _runs(self.suspects)
+            for page in self._judge(group, started, stopped, read_again)
+        ]
         count = len(bad) + self._overflow
         if count:
             reason = f"{count} damaged pages" if count > 1 else "one damaged page"
@@ -172,7 +181,9 @@ class PageCheck:
             return BackupHealth(Verdict.NOT_CHECKED, reason=self._reason_off)
         return BackupHealth(Verdict.HELD, reason=f"{self.pages} pages verified")
 
-    def _judge(self, group: list[Suspect], start_lsn: Lsn, read_again: ReadAgain) -> Iterator[BadPage]:
+    def _judge(
+        self, group: list[Suspect], started: Lsn, stopped: Lsn, read_again: ReadAgain
+    ) -> Iterator[BadPage]:
         relation = relation_file(group[0].file)
         assert relation is not None
         if group[0].block < 0:
@@ -185,11 +196,10 @@ class PageCheck:
             length = (max(pending) - first + 1) * PAGE_BYTES
             try:
                 data = read_again(relation.server_path, offset, length)
-            except Exception as error:
-                reason = f"could not be read again: {error}"
-                yield from (BadPage(group[0].file, b, f"{r}; {reason}") for b, r in sorted(pending.items()))
+            except KnockwoodError as error:
+                yield from _unread(group, started, stopped, error)
                 return
-            pending = self._still_bad(relation, pending, data, first, start_lsn)
+            pending = self._still_bad(relation, pending, data, first, started)
             if not pending:
                 return
             if attempt + 1 < _TRIES:
@@ -223,6 +233,13 @@ class PageCheck:
                 # Nobody wrote the page during the backup, so the WAL will not mend the copy.
                 still[block] = f"{reason}; whole on the server's disk, so the copy in the backup is bad"
         return still
+
+
+def _unread(group: list[Suspect], started: Lsn, stopped: Lsn, error: KnockwoodError) -> Iterator[BadPage]:
+    for one in group:
+        if isinstance(error, MissingPrivilegeError) and started <= one.lsn <= stopped:
+            continue
+        yield BadPage(one.file, one.block, f"{one.reason}; could not be read again: {error.what}")
 
 
 def _runs(suspects: Iterable[Suspect]) -> Iterator[list[Suspect]]:

@@ -198,7 +198,7 @@ class _Run:
                     "the server changed its timeline while the backup ran",
                     hint="was it promoted? take the backup again",
                 )
-            health = check.health(started.lsn, self._read_again)
+            health = check.health(started.lsn, ended.lsn, self._read_again)
             members = _put_plain(self.repository, self.folder + "members.jsonl", _chunks(index))
             kept = _put_plain(self.repository, self.folder + "backup_manifest", _chunks(manifest))
             stored = self.repository.put(self.folder + "relations.jsonl", relations.chunks())

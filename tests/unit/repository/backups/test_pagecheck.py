@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from knockwood.errors import MissingPrivilegeError, ServerDownError
 from knockwood.model import Lsn, Verdict
 from knockwood.postgres.pages import PAGE_BYTES, checksums
 from knockwood.repository.backups.pagecheck import PageCheck
 from knockwood.repository.backups.tar import Member
 
 START = Lsn(1000)
+STOP = Lsn(9000)
 
 
 def page(block: int, *, lsn: int = 500, good: bool = True) -> bytes:
@@ -66,12 +68,12 @@ def test_blocks_of_an_incremental_file_are_checked_by_their_own_numbers(
 
 def test_an_incremental_file_that_cannot_be_read_is_bad() -> None:
     check = run("base/5/INCREMENTAL.1", b"garbage" * 3000, [])
-    health = check.health(START, lambda *_: None)
+    health = check.health(START, STOP, lambda *_: None)
     assert (health.verdict, health.bad_page_count) == (Verdict.BROKEN, 1)
 
 
 def judged(stored: bytes, now: bytes | None, path: str = "base/5/1") -> tuple[Verdict, list[str]]:
-    health = run(path, stored, []).health(START, lambda *_: now)
+    health = run(path, stored, []).health(START, STOP, lambda *_: now)
     return health.verdict, [bad.reason for bad in health.bad_pages]
 
 
@@ -109,13 +111,23 @@ def test_a_file_caught_growing_is_no_damage_and_one_that_stays_cut_is() -> None:
     assert (verdict, reasons) == (Verdict.BROKEN, ["the file ends in the middle of a page"])
 
 
-def test_what_cannot_be_read_again_is_listed() -> None:
+@pytest.mark.parametrize(("lsn", "listed"), [(500, 1), (1000, 0), (9000, 0), (9001, 1)])
+def test_where_files_may_not_be_read_the_lsn_tells_torn_pages(lsn: int, listed: int) -> None:
     def refuse(path: str, offset: int, length: int) -> bytes | None:
-        raise PermissionError("permission denied for function pg_read_binary_file")
+        raise MissingPrivilegeError("permission denied for function pg_read_binary_file")
 
-    health = run("base/5/1", page(0, good=False), []).health(START, refuse)
+    health = run("base/5/1", page(0, lsn=lsn, good=False), []).health(START, STOP, refuse)
+    assert health.bad_page_count == listed
+    if listed:
+        assert "could not be read again" in health.bad_pages[0].reason
+
+
+def test_what_cannot_be_read_again_is_listed() -> None:
+    def gone(path: str, offset: int, length: int) -> bytes | None:
+        raise ServerDownError("connection refused")
+
+    health = run("base/5/1", page(0, lsn=2000, good=False), []).health(START, STOP, gone)
     assert health.verdict == Verdict.BROKEN
-    assert "could not be read again" in health.bad_pages[0].reason
 
 
 def test_many_bad_pages_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,5 +138,5 @@ def test_many_bad_pages_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None
     def same(path: str, offset: int, length: int) -> bytes:
         return content[offset : offset + length]
 
-    health = run("base/5/1", content, [4]).health(START, same)
+    health = run("base/5/1", content, [4]).health(START, STOP, same)
     assert (len(health.bad_pages), health.bad_page_count) == (3, 9)
