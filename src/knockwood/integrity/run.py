@@ -12,7 +12,7 @@ from knockwood.host import clock
 from knockwood.integrity.budget import pace
 from knockwood.integrity.check import Check, CheckResult, NotChecked, Subject, Weight
 from knockwood.integrity.registry import select
-from knockwood.model import Finding, Verdict, worst
+from knockwood.model import Finding, Location, Verdict, worst
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +81,16 @@ def _run_one(check: Check, subject: Subject) -> tuple[CheckResult, str | None]:
     findings: list[Finding] = []
     gaps: list[NotChecked] = []
     lost: str | None = None
+    seen: set[tuple[Location, str]] = set()
     started = clock.monotonic()
     try:
         pace(subject)
         for outcome in check.run(subject):
-            if isinstance(outcome, Finding):
-                findings.append(outcome)
-            else:
+            if isinstance(outcome, NotChecked):
                 gaps.append(outcome)
+            elif (outcome.location, outcome.summary) not in seen:  # a shared catalog is met in each database
+                seen.add((outcome.location, outcome.summary))
+                findings.append(outcome)
     except Exception as error:
         # A check that failed has not checked: whatever went wrong, the answer may not be green.
         gaps.append(NotChecked(check.name, reason_of(error)))
