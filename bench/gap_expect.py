@@ -10,7 +10,8 @@ from typing import Any
 from knockwood.model import Lsn, Timeline, WalSegment
 
 HELD, BROKEN, REFUSED = 0, 1, 4
-WAL_CASES = ("a", "b", "c", "c2")
+WAL_CASES = ("a", "b", "c", "c2", "c3")
+REFUSES = ("a", "b", "c", "c2", "d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,9 @@ def _cut(seen: Observed, answer: dict[str, Any], known: Known, end: Lsn) -> Iter
         yield f"the gap begins at {begin}, the window ends at {end}"
     if until < known.ends[-1]:
         yield f"the gap ends at {until}, before the last commit's end {known.ends[-1]}"
-    if seen.key in ("c", "c2") and not any(known.segment.name in str(d) for d in answer.get("damaged", [])):
+    if seen.key in ("c", "c2", "c3") and not any(
+        known.segment.name in str(d) for d in answer.get("damaged", [])
+    ):
         yield f"damaged names nothing of {known.segment.name}"
 
 
@@ -110,7 +113,7 @@ def _restore(seen: Observed, known: Known) -> Iterator[str]:
         return
     if seen.started:
         yield f"the restore left something that starts, with {seen.rows} rows"
-    if seen.key in (*WAL_CASES, "d") and seen.restore_exit != REFUSED:
+    if seen.key in REFUSES and seen.restore_exit != REFUSED:
         yield f"restore ended with {seen.restore_exit}, not {REFUSED} (refused)"
     if seen.restore_exit in (HELD, None):
         yield f"restore ended with {seen.restore_exit}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import knockwood
 from gap_barman import without_member
 from gap_tools import NotApplicableError, Source, only
 from knockwood.host import processes
@@ -32,7 +33,8 @@ class Knockwood:
     name: str = "Knockwood"
 
     def version(self) -> str:
-        return ask([*knockwood_command(), "--version"]).out.split()[-1]
+        said = must(ask([*knockwood_command(), "--version"], env=self.environment()))
+        return said.out.split()[-1]
 
     @property
     def settings(self) -> Path:
@@ -53,11 +55,15 @@ class Knockwood:
 
     def environment(self) -> dict[str, str]:
         # Nothing of another run's, and nothing left behind: what it keeps on the machine lies here too.
-        return {"KNOCKWOOD_STATE": str(self.folder / "state")}
+        source = Path(knockwood.__file__).resolve().parents[1]
+        return {"KNOCKWOOD_STATE": str(self.folder / "state"), "PYTHONPATH": str(source)}
 
     def run(self, *words: str | Path, timeout: float = 900) -> Said:
-        command = [*knockwood_command(), "--config", self.settings, *words]
-        return ask(command, env=self.environment(), timeout=timeout)
+        return ask(self.command(*words), env=self.environment(), timeout=timeout)
+
+    def command(self, *words: str | Path) -> list[str]:
+        """What to start for a command of Knockwood's."""
+        return [*knockwood_command(), "--config", str(self.settings), *(str(word) for word in words)]
 
     def archive_words(self) -> None:
         return None
@@ -66,20 +72,35 @@ class Knockwood:
         self.folder.mkdir()
         dsn = self.source.server.dsn()
         words = ("--name", "gap", "--dsn", dsn, "--repository", self._store, "--role", "postgres")
-        must(self.run("init", *words))
-        log = (self.folder / "receive.log").open("wb")
-        command: list[str | Path] = [*knockwood_command(), "--config", self.settings, "wal", "receive"]
-        env = dict(os.environ) | self.environment()
-        self.receiver.append(processes.start(command, env=env, stdout=log, stderr=log))
-        log.close()
+        files = ("--data-directory", self.source.server.data_directory)
+        must(self.run("init", *words, *files))
+        self.receive()
+
+    def receive(self) -> None:
+        """Start `wal receive` in the background; returns once it streams."""
+        with (self.folder / "receive.log").open("ab") as log:
+            env = dict(os.environ) | self.environment()
+            self.receiver.append(
+                processes.start(self.command("wal", "receive"), env=env, stdout=log, stderr=log)
+            )
+
+        def streams() -> bool:
+            self._require_receiver()
+            return bool(self.source.ask("SELECT 1 FROM pg_stat_replication WHERE state = 'streaming'"))
+
+        wait_until(streams, "wal receive to stream")
+
+    def _require_receiver(self) -> None:
+        if self.receiver and self.receiver[0].poll() is not None:
+            log = (self.folder / "receive.log").read_text(errors="replace")
+            raise RuntimeError(f"wal receive ended: {log[-2000:]}")
 
     def backup(self) -> None:
         must(self.run("backup"))
 
     def settle(self, last: int) -> None:
         def stored() -> bool:
-            if self.receiver and self.receiver[0].poll() is not None:
-                raise RuntimeError(f"wal receive ended: {(self.folder / 'receive.log').read_text()[-2000:]}")
+            self._require_receiver()
             return any(self._segments(last))
 
         wait_until(stored, f"wal receive to store {self.source.segment_name(last)}")
@@ -128,6 +149,9 @@ class Knockwood:
 
     def verify(self) -> list[Said]:
         return [self.run("verify", "--json")]
+
+    def verify_all(self) -> list[Said]:
+        return [self.run("verify", "--full", "--json")]
 
     def restore(self, into: Path) -> Said:
         return self.run("restore", "--to", "latest", "--into", into, "--json")

@@ -34,11 +34,12 @@ def find() -> str:
 
 @dataclass(frozen=True, slots=True)
 class PgBackRest:
-    """One stanza over `folder`/repo, with one process and zstd."""
+    """One stanza over `folder`/repo, with zstd at its default level and one process unless told otherwise."""
 
     source: Source
     folder: Path
     processes: int = 1
+    level: int = 3
     name: str = "pgBackRest"
 
     def version(self) -> str:
@@ -67,6 +68,7 @@ log-path={self.folder}/log
 lock-path={self.folder}/lock
 spool-path={self.folder}/spool
 compress-type=zst
+compress-level={self.level}
 process-max={self.processes}
 start-fast=y
 log-level-console=warn
@@ -82,8 +84,11 @@ pg1-user=postgres
         privileges.give_tree(self.folder, self.source.account)
 
     def run(self, *words: str, timeout: float = 900) -> Said:
-        command = ["pgbackrest", f"--config={self._settings}", f"--stanza={STANZA}", *words]
-        return ask(command, account=self.source.account, timeout=timeout)
+        return ask(self.command(*words), account=self.source.account, timeout=timeout)
+
+    def command(self, *words: str) -> list[str]:
+        """What to start for a command of pgBackRest's, as the servers' account."""
+        return ["pgbackrest", f"--config={self._settings}", f"--stanza={STANZA}", *words]
 
     def archive_words(self) -> str:
         return f"pgbackrest --config={self._settings} --stanza={STANZA} archive-push %p"
@@ -150,6 +155,9 @@ pg1-user=postgres
 
     def verify(self) -> list[Said]:
         return [self.run("--output=text", "--verbose", "verify")]
+
+    def verify_all(self) -> list[Said]:
+        return []
 
     def restore(self, into: Path) -> Said:
         into.mkdir(mode=0o700)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from gap_scenario import COMMITS, Damage, Result, differences
 from sandbox import Restored, Said
@@ -58,7 +58,7 @@ def outcome(result: Result, wanted: Mapping[str, str]) -> str:
     lost = _lost(restored, wanted)
     if result.damage.survivors == COMMITS:
         return "clean" if restore.ok and not told and not lost else f"FALSE ALARM {lost}".strip()
-    found = ["verify"] if told else []
+    found = [_finder(result)] if told else []
     found += ["verify (printed, with exit 0)"] if not told and _printed(result.verify) else []
     found += ["restore"] if not restore.ok else []
     found += ["the server, which does not start"] if restore.ok and not restored.started else []
@@ -67,6 +67,12 @@ def outcome(result: Result, wanted: Mapping[str, str]) -> str:
         gist = f"SILENT: {lost}" if restore.ok and not told else f"starts all the same: {lost}"
         return f"{words}; {gist}" if words else gist
     return words or "not found; nothing was missing this time"
+
+
+def _finder(result: Result) -> str:
+    # Where the whole repository was verified as well, the first answer was the usual verify's.
+    trusting = result.damage.proved_before and len(result.verify) > 1 and result.verify[0].ok
+    return "verify --full (not by a plain one before its rotation comes to it)" if trusting else "verify"
 
 
 def _lost(restored: Restored, wanted: Mapping[str, str]) -> str:
@@ -86,7 +92,7 @@ def _status(said: Said) -> str:
 
 
 def _telling(answers: Sequence[Said]) -> str:
-    for said in answers:
+    for said in sorted(answers, key=lambda said: said.ok):
         if knockwood := _knockwood(said):
             return knockwood
     lines = [line.strip() for said in answers for line in said.lines(60)]
@@ -126,7 +132,7 @@ def report(
     """Three tables: what came of it, what verify says, what a restore gives."""
     tools = [*results, *missing]
     parts = [title]
-    cells = {
+    cells: dict[str, Callable[[Result], str]] = {
         "What came of it": lambda result: outcome(result, wanted),
         "What verify says": verify_cell,
         "What a restore to the latest point gives": lambda result: restore_cell(result, wanted),

@@ -39,12 +39,16 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One row of the table. `survivors` rows can be restored at most, and whole."""
+    """One row of the table. `survivors` rows can be restored at most, and whole.
+
+    `proved_before`: an earlier verify had found the repository whole, and may be trusted by later ones.
+    """
 
     key: str
     title: str
     survivors: int
     apply: Callable[[Tool, Facts], str]
+    proved_before: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +206,11 @@ def no_label(tool: Tool, facts: Facts) -> str:
     return tool.remove_label()
 
 
+def rotted(tool: Tool, facts: Facts) -> str:
+    tool.verify()
+    return f"verified, then {flipped(tool, facts)}, its time and size unchanged"
+
+
 def nothing(tool: Tool, facts: Facts) -> str:
     return "nothing damaged"
 
@@ -212,6 +221,7 @@ DAMAGES: tuple[Damage, ...] = (
     Damage("b", "the same, removed from the tool's bookkeeping too", DAMAGED - 1, removed_and_forgotten),
     Damage("c", "4 bytes flipped in a stored segment", DAMAGED - 1, flipped),
     Damage("c2", "4 bytes of WAL flipped, checksums and names redone", DAMAGED - 1, rewritten),
+    Damage("c3", "4 bytes flipped after a verify had found all whole", DAMAGED - 1, rotted, True),
     Damage("d", "the segment needed for consistency removed", 0, inconsistent),
     Damage("e", "one bit flipped in a base backup file", 0, backup_bit),
     Damage("f", "backup_label removed, bookkeeping redone", 0, no_label),
@@ -243,12 +253,13 @@ def run_case(tool: Tool, damage: Damage, facts: Facts, source: Source) -> Result
     say(f"  {damage.key}: {damage.title}")
     try:
         with damaged_copy(tool, damage, facts, source) as (copy, how, shelf):
-            verify = tuple(copy.verify())
+            verify = copy.verify()
             restore = copy.restore(shelf / "data")
             restored = open_restored(source.programs, shelf / "data", source.account, restore, questions)
-            return Result(
-                tool.name, damage, how, verify, restore, restored, loss_rows(copy, damage, shelf, source)
-            )
+            if damage.proved_before:  # after the restore, which may trust the earlier verify too
+                verify += copy.verify_all()
+            loss = loss_rows(copy, damage, shelf, source)
+            return Result(tool.name, damage, how, tuple(verify), restore, restored, loss)
     except NotApplicableError as reason:
         return Result(tool.name, damage, str(reason), (), None, None, None)
 

@@ -86,7 +86,7 @@ def judge(run: Run) -> int:
     for result in run.results["Knockwood"]:
         if not result.applicable or result.restored is None or result.restore is None:
             continue
-        [verify] = result.verify
+        verify = result.verify[-1]
         wrong = differences(result.restored.tables, run.wanted) if result.restored.started else ""
         seen = Observed(
             key=result.damage.key,

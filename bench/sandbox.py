@@ -64,7 +64,7 @@ def ask(
     words = [str(word) for word in command]
     begun = time.monotonic()
     child = processes.start(
-        words, account=account, env=_environment(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        words, account=account, env=environment(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
         out, err = child.communicate(timeout=timeout)
@@ -86,7 +86,8 @@ def must(said: Said) -> Said:
     return said
 
 
-def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
+def environment(extra: Mapping[str, str] | None) -> dict[str, str]:
+    """What commands see of the caller's environment, with what is added."""
     # A library path or locale of the caller's could change what a peer does or prints.
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     return kept | {"LC_ALL": "C.UTF-8", "TZ": "UTC"} | dict(extra or {})
@@ -232,7 +233,7 @@ def open_restored(
     server = LocalServer(programs, folder, account=account, settings={"archive_mode": "off", "fsync": "off"})
     try:
         server.start(timeout=90, until="standby")
-        state = _settled(server)
+        state = settled(server)
         rows, tables = questions(server.dsn())
         return Restored(said.status, True, rows, tables, state)
     except (KnockwoodError, psycopg.Error, TimeoutError) as error:
@@ -243,9 +244,9 @@ def open_restored(
         server.stop("immediate")
 
 
-def _settled(server: LocalServer) -> str:
-    """Wait until recovery has ended or is paused; says which."""
-    deadline = time.monotonic() + 90
+def settled(server: LocalServer, timeout: float = 90) -> str:
+    """Wait until recovery has ended (returns nothing) or is paused (says so)."""
+    deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         [(recovering, paused)] = query(
             server.dsn(),
@@ -255,5 +256,5 @@ def _settled(server: LocalServer) -> str:
             return ""
         if paused:
             return "paused in recovery"
-        time.sleep(0.2)
-    raise TimeoutError("recovery did not end within 90 s")
+        time.sleep(0.05)
+    raise TimeoutError(f"recovery did not end within {timeout:.0f} s")
