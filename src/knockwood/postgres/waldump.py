@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
 
 from knockwood.errors import ProgramFailedError
 from knockwood.host.privileges import Account
@@ -39,15 +38,18 @@ class WalStop(StrEnum):
     DAMAGED = "damaged"
 
 
-class CommitLine(NamedTuple):
-    """A commit record as printed: cheap, for walks over millions. `time` sorts as text."""
+RawCommit = tuple[bytes, bytes, bytes, bytes]
+"""A commit record as printed, for walks over millions: xid, LSN, the xid of COMMIT PREPARED, and time
+(which sorts as text)."""
 
-    xid: int
-    lsn: int
-    time: bytes
 
-    def commit(self) -> Commit:
-        return Commit(self.xid, Lsn(self.lsn), parse_time(self.time))
+def raw_lsn(raw: RawCommit) -> int:
+    return parse_lsn(raw[1])
+
+
+def commit_from(raw: RawCommit) -> Commit:
+    xid, lsn, prepared, time = raw
+    return Commit(int(prepared or xid), Lsn(parse_lsn(lsn)), parse_time(time))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def walk(
     end: Lsn | None = None,
     segment_bytes: int = DEFAULT_SEGMENT_BYTES,
     *,
-    on_commits: Callable[[list[CommitLine]], None] | None = None,
+    on_commits: Callable[[list[RawCommit]], None] | None = None,
     exact_end: bool = False,
     account: Account | None = None,
 ) -> WalWalk:
@@ -92,7 +94,7 @@ def walk(
     well tells the end of its last whole record, at the price of reading the last stretch again.
     """
     kept: list[Commit] = []
-    sink = on_commits or (lambda lines: kept.extend(line.commit() for line in lines))
+    sink = on_commits or (lambda lines: kept.extend(commit_from(raw) for raw in lines))
     available = files_end(folder, timeline, start, segment_bytes)
     wanted = min(end, available) if end is not None else available
     if wanted <= start:
@@ -129,17 +131,14 @@ def stopped(reader: Reader, error: str, known: Lsn, start: Lsn, commits: tuple[C
 class _LastCommit:
     """Takes blocks of output, hands the commits on, and remembers where the last one starts."""
 
-    def __init__(self, sink: Callable[[list[CommitLine]], None], start: Lsn) -> None:
+    def __init__(self, sink: Callable[[list[RawCommit]], None], start: Lsn) -> None:
         self._sink = sink
         self.lsn = start
 
     def take(self, block: bytes) -> None:
-        lines = [
-            CommitLine(int(prepared or xid), parse_lsn(lsn), time)
-            for xid, lsn, prepared, time in _COMMIT.findall(block)
-        ]
+        lines: list[RawCommit] = _COMMIT.findall(block)
         if lines:
-            self.lsn = Lsn(lines[-1].lsn)
+            self.lsn = Lsn(raw_lsn(lines[-1]))
             self._sink(lines)
 
 
@@ -182,12 +181,11 @@ def commit_of(
     def take(block: bytes) -> None:
         if wanted not in block:
             return
-        for top, lsn, prepared, time in _COMMIT.findall(block):
-            if wanted == (prepared or top):
-                found.append(CommitLine(int(wanted), parse_lsn(lsn), time).commit())
+        raws: list[RawCommit] = _COMMIT.findall(block)
+        found.extend(commit_from(raw) for raw in raws if wanted == (raw[2] or raw[0]))
         for top, lsn, prepared, time, children in _COMMIT_WITH_CHILDREN.findall(block):
             if wanted in children.split():
-                found.append(CommitLine(int(prepared or top), parse_lsn(lsn), time).commit())
+                found.append(commit_from((top, lsn, prepared, time)))
 
     reader = Reader(programs, folder, timeline, segment_bytes, account)
     end = min(end, files_end(folder, timeline, start, segment_bytes))

@@ -12,10 +12,12 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from knockwood.errors import HostError, ObjectDamagedError, ObjectMissingError, WrongSystemError
@@ -23,7 +25,16 @@ from knockwood.host import files
 from knockwood.host.processes import ProcessIdentity
 from knockwood.model.wal import Lsn, Timeline, WalSegment
 from knockwood.postgres.binaries import Programs
-from knockwood.postgres.waldump import CommitLine, WalStop, WalWalk, first_record, walk
+from knockwood.postgres.waldump import (
+    RawCommit,
+    WalStop,
+    WalWalk,
+    commit_from,
+    first_record,
+    parse_time,
+    raw_lsn,
+    walk,
+)
 from knockwood.postgres.walreader import PAGE_BYTES
 from knockwood.repository.repository import Repository
 from knockwood.repository.route import Break, SegmentFacts
@@ -283,12 +294,12 @@ class _Count:
 
     def __init__(self) -> None:
         self.number = 0
-        self.first: CommitLine | None = None
-        self.last: CommitLine | None = None
-        self.earliest: CommitLine | None = None
-        self.latest: CommitLine | None = None
+        self.first: RawCommit | None = None
+        self.last: RawCommit | None = None
+        self.earliest: RawCommit | None = None
+        self.latest: RawCommit | None = None
 
-    def add(self, lines: Sequence[CommitLine]) -> None:
+    def add(self, lines: Sequence[RawCommit]) -> None:
         self.number += len(lines)
         self.first = self.first or lines[0]
         self.last = lines[-1]
@@ -300,14 +311,13 @@ class _Count:
     def of(self, segment: WalSegment) -> SegmentFacts:
         if not (self.first and self.last and self.earliest and self.latest):
             return SegmentFacts(segment)
-        first, last = self.first.commit(), self.last.commit()
+        earliest, latest = parse_time(self.earliest[3]), parse_time(self.latest[3])
         return SegmentFacts(
-            segment, self.number, first, last, self.earliest.commit().time, self.latest.commit().time
+            segment, self.number, commit_from(self.first), commit_from(self.last), earliest, latest
         )
 
 
-def _time_of(line: CommitLine) -> bytes:
-    return line.time
+_time_of = itemgetter(3)
 
 
 class _Tally:
@@ -321,27 +331,13 @@ class _Tally:
     def known(self, number: int) -> None:
         self.segments.setdefault(number, _Count())
 
-    def take(self, lines: list[CommitLine]) -> None:
-        fresh = [line for line in lines if line.lsn > self.last.value]
-        begin = 0
-        while begin < len(fresh):
-            number = fresh[begin].lsn // self._bytes
-            border = (number + 1) * self._bytes
-            end = begin
-            if fresh[-1].lsn < border:
-                end = len(fresh)
-            else:
-                while fresh[end].lsn < border:
-                    end += 1
-            self.segments.setdefault(number, _Count()).add(fresh[begin:end])
+    def take(self, lines: list[RawCommit]) -> None:
+        # Lines are in order of their LSN: borders are found by bisection, not line by line.
+        begin = bisect_left(lines, self.last.value + 1, key=raw_lsn)
+        while begin < len(lines):
+            number = raw_lsn(lines[begin]) // self._bytes
+            end = bisect_left(lines, (number + 1) * self._bytes, lo=begin, key=raw_lsn)
+            self.segments.setdefault(number, _Count()).add(lines[begin:end])
             begin = end
-        if fresh:
-            self.last = Lsn(fresh[-1].lsn)
-
-
-def damaged_segments(breaks: Sequence[Break]) -> Mapping[WalSegment, str]:
-    """The files at fault, each with its first reason."""
-    found: dict[WalSegment, str] = {}
-    for damage in breaks:
-        found.setdefault(damage.segment, damage.reason)
-    return found
+        if lines:
+            self.last = max(self.last, Lsn(raw_lsn(lines[-1])))
