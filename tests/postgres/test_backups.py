@@ -16,7 +16,6 @@ from fix_backup import KEEP_WAL, archiving, backed_up, repository_of, restored
 from knockwood.errors import (
     BackupIncompleteError,
     DirectoryNotEmptyError,
-    KnockwoodError,
     LockHeldError,
     ObjectDamagedError,
     ObjectMissingError,
@@ -45,6 +44,7 @@ from knockwood.repository.backups import (
 )
 from knockwood.repository.leases import lease
 from knockwood.repository.repository import Repository
+from knockwood.repository.storage.local import LocalStorage
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -219,12 +219,8 @@ def test_a_chain_with_a_tablespace_is_restored_elsewhere(
         made.repository, links, folder / "a", made.server.programs, tablespace_root=folder / "spaces"
     ) as server:
         assert query(server, "select count(*) from s") == [(5001,)]
-        oid = backup_oid(second)
+        oid = str(second.tablespaces[0].oid)
         assert query(server, f"select pg_tablespace_location({oid})") == [(str(folder / "spaces" / oid),)]
-
-
-def backup_oid(backup: Backup) -> str:
-    return str(backup.tablespaces[0].oid)
 
 
 @pytest.fixture
@@ -350,9 +346,7 @@ def test_backups_under_heavy_writing_show_no_false_damage(
     assert [(health.verdict, health.bad_pages) for health in found] == [(Verdict.HELD, ())] * 2
 
 
-def test_without_data_checksums_health_is_not_checked(
-    new_server: ServerFactory, folder: Path, installations: dict[int, object]
-) -> None:
+def test_without_data_checksums_health_is_not_checked(new_server: ServerFactory, folder: Path) -> None:
     server = new_server(18, segment_megabytes=1, start=False, **KEEP_WAL)
     processes.run(
         [server.programs.path("pg_checksums"), "--disable", "-D", server.data_directory],
@@ -380,12 +374,10 @@ def test_two_backups_at_once_are_refused(protected: Callable[..., Archived]) -> 
         take_backup(made.repository, made.server.dsn())
 
 
-def test_another_clusters_server_is_refused(
-    protected: Callable[..., Archived], new_server: ServerFactory, folder: Path
-) -> None:
+def test_another_clusters_server_is_refused(protected: Callable[..., Archived], folder: Path) -> None:
     made = protected(18)
     other = Repository.create(
-        type(made.repository.storage)(folder / "other"),  # type: ignore[call-arg]
+        LocalStorage(folder / "other"),
         cluster="other",
         system_identifier=1,
         segment_bytes=1 << 20,
@@ -504,10 +496,3 @@ def test_the_stored_packs_are_plain_tar_for_other_tools(
     path = path_of(made.server, "t")
     assert (out / path).read_bytes() == (made.server.data_directory / path).read_bytes()
     assert (out / "backup_label").exists()
-
-
-def test_errors_are_ours(protected: Callable[..., Archived]) -> None:
-    made = protected(18)
-    made.server.stop("immediate")
-    with pytest.raises(KnockwoodError):
-        take_backup(made.repository, "host=/nonexistent")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from io import TextIOWrapper
-from typing import IO, Literal
+from typing import Literal
 
 from knockwood.errors import (
     BackupIncompleteError,
@@ -30,35 +28,38 @@ from knockwood.postgres.connection import (
     translated,
 )
 from knockwood.postgres.replication import (
-    ArchiveStarted,
-    BackupEnded,
-    BackupStarted,
-    Event,
-    ManifestStarted,
     ReplicationConnection,
 )
 from knockwood.repository import codec
 from knockwood.repository.archive import WalArchive
+from knockwood.repository.backups.collect import RelationCollector, chunks_of
 from knockwood.repository.backups.listing import COMMIT_MARK, list_backups, read_object
 from knockwood.repository.backups.model import (
     FOLDER,
     Backup,
     Kind,
     Pack,
-    Progress,
     Tablespace,
     chain,
     new_id,
 )
 from knockwood.repository.backups.packs import PackWriter
 from knockwood.repository.backups.pagecheck import PageCheck
-from knockwood.repository.backups.tar import Member, read_tar
+from knockwood.repository.backups.stream import OnProgress, ServerStream
 from knockwood.repository.leases import Lease, lease
 from knockwood.repository.repository import Repository
 
-LEASE = "backup"
+__all__ = [
+    "LEASE",
+    "Effort",
+    "OnProgress",
+    "remove_leftovers",
+    "remove_objects",
+    "take_backup",
+    "wait_for_wal",
+]
 
-OnProgress = Callable[[Progress], None]
+LEASE = "backup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +187,9 @@ class _Run:
         with (
             tempfile.TemporaryFile("w+", encoding="utf-8") as index,
             tempfile.TemporaryFile("w+b") as manifest,
-            _RelationCollector(self.dsn, known) as relations,
+            RelationCollector(self.dsn, known) as relations,
         ):
-            stream = _Stream(manifest, self.progress)
+            stream = ServerStream(manifest, self.progress)
             packs = self._store_files(stream, index, check, relations)
             started, ended = stream.started, stream.ended
             if started is None or ended is None:
@@ -199,8 +200,8 @@ class _Run:
                     hint="was it promoted? take the backup again",
                 )
             health = check.health(started.lsn, ended.lsn, self._read_again)
-            members = _put_plain(self.repository, self.folder + "members.jsonl", _chunks(index))
-            kept = _put_plain(self.repository, self.folder + "backup_manifest", _chunks(manifest))
+            members = _put_plain(self.repository, self.folder + "members.jsonl", chunks_of(index))
+            kept = _put_plain(self.repository, self.folder + "backup_manifest", chunks_of(manifest))
             stored = self.repository.put(self.folder + "relations.jsonl", relations.chunks())
         objects = (*packs, members, kept)
         backup = Backup(
@@ -234,7 +235,7 @@ class _Run:
         return self._commit(backup, held)
 
     def _store_files(
-        self, stream: _Stream, index: TextIOWrapper, check: PageCheck, relations: _RelationCollector
+        self, stream: ServerStream, index: TextIOWrapper, check: PageCheck, relations: RelationCollector
     ) -> tuple[Pack, ...]:
         with ReplicationConnection(self.dsn, application_name="knockwood backup") as replication:
             identity = replication.identify_system()
@@ -297,118 +298,6 @@ def wait_for_wal(repository: Repository, needed: WalRange, timeout: float) -> No
         pause = min(pause * 1.5, 2.0)
 
 
-class _Stream:
-    """Turns the server's events into members under the data directory's own paths; keeps the manifest."""
-
-    def __init__(self, manifest: IO[bytes], progress: OnProgress | None) -> None:
-        self.started: BackupStarted | None = None
-        self.ended: BackupEnded | None = None
-        self._manifest = manifest
-        self._progress = progress
-        self._pending: Event | None = None
-        self._done = 0
-        self._told = 0.0
-
-    def entries(self, events: Iterator[Event], on_start: Callable[[], None]) -> Iterator[Member | memoryview]:
-        for event in self._events(events):
-            if isinstance(event, BackupStarted):
-                self.started = event
-                on_start()
-            elif isinstance(event, ArchiveStarted):
-                prefix = f"pg_tblspc/{event.oid}" if event.oid is not None else ""
-                if prefix:
-                    yield Member(prefix, mode=0o700, kind="folder")
-                for entry in read_tar(self._data(events)):
-                    yield self._placed(entry, prefix)
-            elif isinstance(event, ManifestStarted):
-                for view in self._data(events):
-                    self._manifest.write(view)
-            elif isinstance(event, BackupEnded):
-                self.ended = event
-        self._tell("", 0.0)
-
-    def _events(self, events: Iterator[Event]) -> Iterator[Event]:
-        while True:
-            event, self._pending = self._pending, None
-            if event is None:
-                event = next(events, None)
-            if event is None:
-                return
-            yield event
-
-    def _data(self, events: Iterator[Event]) -> Iterator[memoryview]:
-        for event in events:
-            if not isinstance(event, memoryview):
-                self._pending = event
-                return
-            self._done += len(event)
-            yield event
-
-    def _placed(self, entry: Member | memoryview, prefix: str) -> Member | memoryview:
-        if not isinstance(entry, Member):
-            return entry
-        self._tell(entry.path, 0.1)
-        return replace(entry, path=f"{prefix}/{entry.path}") if prefix else entry
-
-    def _tell(self, path: str, every: float) -> None:
-        now = clock.monotonic()
-        if self._progress is not None and now - self._told >= every:
-            self._told = now
-            total = self.started.bytes if self.started is not None else 0
-            self._progress(Progress(self._done, max(total, self._done), path))
-
-
-class _RelationCollector:
-    """Reads the map of names to files, in a thread, while the files stream."""
-
-    def __init__(self, dsn: str, known: Sequence[catalog.Database]) -> None:
-        self._dsn = dsn
-        self._known = known
-        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 -- closed by __exit__
-        self._thread = threading.Thread(target=self._collect, name="relations", daemon=True)
-        self._stop = False
-
-    def __enter__(self) -> _RelationCollector:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop = True
-        if self._thread.ident is not None:
-            self._thread.join()
-        self._file.close()
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def chunks(self) -> Iterator[bytes]:
-        """What was found, one JSON line each; waits for the end."""
-        if self._thread.ident is not None:
-            self._thread.join()
-        self._file.flush()
-        yield from _chunks(self._file)
-
-    def _collect(self) -> None:
-        known = {database.name: database for database in self._known}
-        done: set[str] = set()
-        try:
-            for database, row in catalog.relations_everywhere(self._dsn, self._known):
-                if self._stop:
-                    return
-                self._file.write(json.dumps(_relation_line(database, row)) + "\n")
-                done.add(database.name)
-        except Exception as error:  # the map is a convenience: a backup without it is still a backup
-            for name in known.keys() - done:
-                self._file.write(json.dumps({"database": name, "not_recorded": str(error)}) + "\n")
-
-
-def _relation_line(
-    database: catalog.Database, row: catalog.RelationRow | catalog.NotRecorded
-) -> dict[str, object]:
-    if isinstance(row, catalog.NotRecorded):
-        return {"database": row.database, "not_recorded": row.reason}
-    return {"database": database.name, "database_oid": database.oid} | asdict(row)
-
-
 def _put_plain(repository: Repository, name: str, chunks: Iterable[bytes]) -> Pack:
     # Never encrypted: it holds file names and sizes only, and a host without an identity must still be
     # able to take an incremental backup and to tell what a backup holds.
@@ -417,9 +306,3 @@ def _put_plain(repository: Repository, name: str, chunks: Iterable[bytes]) -> Pa
     full = name + codec.suffix(())
     repository.storage.put_new(full, stored)
     return Pack(full, stored.bytes, raw.bytes, stored.sha256)
-
-
-def _chunks(file: IO[bytes] | TextIOWrapper) -> Iterator[bytes]:
-    file.seek(0)
-    while data := file.read(1 << 20):
-        yield data.encode() if isinstance(data, str) else data
