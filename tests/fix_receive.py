@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psycopg
 
-from knockwood.host import processes
+from knockwood.errors import PostgresError
+from knockwood.host import clock, processes
 from knockwood.model.wal import Lsn, Timeline, WalRange, WalSegment
 from knockwood.postgres.connection import connect, server_facts
 from knockwood.postgres.server import LocalServer
@@ -38,6 +39,18 @@ def commit(server: LocalServer, payload: int = 100, switch: bool = False) -> Lsn
         if switch:
             connection.execute("select pg_switch_wal()")
     return Lsn.parse(row[0])
+
+
+def start_again(server: LocalServer) -> None:
+    """Start a server that was killed, as soon as its last backends have noticed."""
+    deadline = clock.monotonic() + 20
+    while True:
+        try:
+            return server.start()
+        except PostgresError as error:
+            if "still in use" not in str(error) or clock.monotonic() > deadline:
+                raise
+            clock.sleep(0.1)
 
 
 def fetch_range(repository: Repository, wanted: WalRange, into: Path) -> None:

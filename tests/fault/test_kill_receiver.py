@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fix_receive import commit, fetch_range, first_lsn, new_repository, waldump
+from fix_receive import commit, fetch_range, first_lsn, new_repository, start_again, waldump
 from fix_server import ServerFactory
 from knockwood.model.wal import Lsn, Timeline, WalRange, WalSegment
 from knockwood.postgres.server import LocalServer
@@ -110,3 +110,26 @@ def check(repository: Repository, server: LocalServer, last: Lsn, folder: Path) 
     names = Counter(info.name.split(".", 1)[0] for info in repository.storage.list("wal/00000001/"))
     assert set(names.values()) == {1}
     assert all(partial.segment.number not in stock.segments[ONE] for partial in stock.partials)
+
+
+def test_killed_with_its_server(new_server: ServerFactory, tmp_path: Path) -> None:
+    """Both die at once, at random: what was acknowledged is there once both are back."""
+    server = new_server(18, segment_megabytes=1, wal_keep_size="4GB")
+    repository = new_repository(server, tmp_path / "repository")
+    spool = tmp_path / "spool"
+    chance = random.Random(11)
+    last = commit(server)
+    for _ in range(8):
+        child = start(repository, server, spool)
+        assert child.stdout is not None
+        child.stdout.readline()
+        for _ in range(chance.randrange(1, 30)):
+            last = commit(server, chance.randrange(1, 20_000), switch=chance.random() < 0.2)
+        server.kill()
+        child.kill()
+        child.communicate()
+        start_again(server)
+        assert WalArchive(repository).inventory().gaps() == ()
+    with receiving(Receiver(repository, server.dsn(), spool)) as receiver:
+        assert receiver.flush() >= last
+    check(repository, server, last, tmp_path / "wal")

@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from fix_receive import commit, fetch_range, first_lsn, new_repository, waldump
+from fix_receive import commit, fetch_range, first_lsn, new_repository, start_again, waldump
 from fix_server import ServerFactory
 from knockwood.errors import LockHeldError, WrongSystemError
 from knockwood.model.wal import Timeline, WalRange
@@ -47,7 +47,7 @@ def test_a_server_restart_is_followed(new_server: ServerFactory, tmp_path: Path)
     with receiving(Receiver(repository, server.dsn(), tmp_path / "spool")) as receiver:
         commit(server)
         server.kill()
-        server.start()
+        start_again(server)
         lsn = commit(server)
         assert receiver.flush() >= lsn
     assert WalArchive(repository).inventory().covers(WalRange(ONE, first_lsn(repository), lsn))

@@ -125,6 +125,10 @@ def test_a_promotion_behind_what_was_received(
         promote(standby)
         last = commit(standby)
         assert last < lost
+        # The old timeline reached further: its end is not taken for the new one's.
+        receiver.flush()
+        stock = WalArchive(repository).inventory()
+        assert stock.covers(WalRange(TWO, first_lsn(repository), last))
         for _ in range(5):
             last = commit(standby, switch=True)
         assert receiver.flush() >= last

@@ -17,7 +17,6 @@ from pathlib import Path
 from knockwood.errors import (
     KnockwoodError,
     LockHeldError,
-    PostgresError,
     ServerDownError,
     StorageUnavailableError,
 )
@@ -28,6 +27,7 @@ from knockwood.repository import receive_server
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.leases import Lease, lease
 from knockwood.repository.receive_events import EventKind, ReceiverEvent, ignore
+from knockwood.repository.receive_server import Progress
 from knockwood.repository.receive_stream import Streaming
 from knockwood.repository.repository import Repository
 from knockwood.repository.retry import Retry
@@ -102,12 +102,13 @@ class Receiver:
         """Push what is received into the repository now; returns how far that reaches.
 
         Complete to the last commit acknowledged before the call while the server answers; otherwise
-        complete to what was received. Raises StorageUnavailableError when the time is up.
+        complete to what was received. Raises StorageUnavailableError when the time is up, PostgresError
+        if the server answers but does not let us in.
         """
         deadline = clock.monotonic() + timeout
         try:
-            target: Lsn | None = receive_server.flush_position(self.dsn)
-        except PostgresError:
+            target: Progress | None = receive_server.flushed(self.dsn)
+        except ServerDownError:
             target = None
         with self._news:
             self._flushing += 1
@@ -128,12 +129,13 @@ class Receiver:
         durable = self._uploader.durable
         return durable[1] if durable is not None else Lsn(0)
 
-    def _flushed(self, target: Lsn | None, asked: int) -> bool:
+    def _flushed(self, target: Progress | None, asked: int) -> bool:
         # The pass that was under way when we asked may have looked at the spool too early.
         if target is None:
             return self._uploader.passes >= asked + 2
         durable = self._uploader.durable
-        return durable is not None and durable[1] >= target
+        # After a promotion the new timeline may begin at a lower position than the old one reached.
+        return durable is not None and durable[0] >= (target.timeline or 0) and durable[1] >= target.flush
 
     # --- the loop ---------------------------------------------------------------------------------
 

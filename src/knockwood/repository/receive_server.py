@@ -114,8 +114,12 @@ def _command(connection: Connection, command: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What the server says: how far its WAL is flushed, and how far our receiver wrote it."""
+    """What the server says: how far its WAL is flushed, and how far our receiver wrote it.
 
+    `timeline` is None on a standby, which does not tell it reliably in SQL.
+    """
+
+    timeline: Timeline | None
     flush: Lsn
     written: Lsn | None
 
@@ -125,7 +129,9 @@ select case when pg_catalog.pg_is_in_recovery()
             then coalesce(pg_catalog.pg_last_wal_receive_lsn(), pg_catalog.pg_last_wal_replay_lsn())
             else pg_catalog.pg_current_wal_flush_lsn() end::text,
        (select r.write_lsn::text from pg_catalog.pg_stat_replication r
-          join pg_catalog.pg_replication_slots s on s.active_pid = r.pid where s.slot_name = %s)
+          join pg_catalog.pg_replication_slots s on s.active_pid = r.pid where s.slot_name = %s),
+       case when not pg_catalog.pg_is_in_recovery()
+            then pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_flush_lsn()), 8) end
 """
 
 
@@ -133,13 +139,18 @@ def progress(connection: Connection, slot: str) -> Progress:
     with translated():
         row = connection.execute(_PROGRESS, [slot]).fetchone()
     assert row is not None
-    return Progress(Lsn.parse(row[0]), Lsn.parse(row[1]) if row[1] else None)
+    flush, written, timeline = row
+    return Progress(
+        Timeline(int(timeline, 16)) if timeline else None,
+        Lsn.parse(flush),
+        Lsn.parse(written) if written else None,
+    )
 
 
-def flush_position(dsn: str) -> Lsn:
+def flushed(dsn: str) -> Progress:
     """How far the server's WAL is flushed now: every commit acknowledged before lies below it."""
     with connect(dsn, application_name="knockwood flush") as connection:
-        return progress(connection, "").flush
+        return progress(connection, "")
 
 
 class Stream:

@@ -33,6 +33,7 @@ class Uploader:
     passes: int = 0
     _stored: set[str] = field(default_factory=set)
     _histories: set[Timeline] = field(default_factory=set)
+    _begins: dict[Timeline, Lsn] = field(default_factory=dict)
     _sent: dict[str, Lsn] = field(default_factory=dict)
     _seen: tuple[str, Lsn, float] = ("", Lsn(0), 0.0)
 
@@ -117,14 +118,27 @@ class Uploader:
         end = rounded_up(content) if quiet else rounded_down(content)
         # A record may end with zeros, which the file cannot show; the server knows what we wrote.
         written = progress.written if progress is not None else None
-        if written is not None and file.segment.start < written <= file.segment.end:
+        if written is not None and self._belongs(written, file):
             end = max(end, written)
         return min(end, file.segment.end)
 
+    def _belongs(self, written: Lsn, file: SpoolFile) -> bool:
+        """Whether a position that the server says we wrote is one of this file.
+
+        The server does not name the timeline. Just after a switch it may still tell the position where
+        the old one ended, in a segment that the new one has too and has not filled so far.
+        """
+        timeline = file.segment.timeline
+        if timeline not in self._begins:
+            history = self.spool.history(timeline)
+            if timeline > 1 and (history is None or not history.switches):
+                return False
+            self._begins[timeline] = history.switches[-1][1] if history and history.switches else Lsn(0)
+        return max(file.segment.start, self._begins[timeline]) < written <= file.segment.end
+
     def found(self, timeline: Timeline, end: Lsn) -> None:
-        """Note that the archive reaches so far."""
-        if self.durable is None or (end, timeline) > (self.durable[1], self.durable[0]):
-            self.durable = (timeline, end)
+        """Note that the archive reaches so far; a later timeline counts for more than a later position."""
+        self.durable = max(self.durable or (timeline, end), (timeline, end))
 
     def _discard(self, file: SpoolFile) -> None:
         self.spool.remove(file)
