@@ -90,13 +90,15 @@ class DatabaseState:
 @dataclass(frozen=True, slots=True)
 class PrimaryState:
     """What a copy must hold that was replayed to `lsn`: all commits whose record starts before it, and no
-    commit from there on. `seconds` is what hashing took; `skipped` are databases that could not be read."""
+    commit from there on. `seconds` is what hashing took; `skipped` are databases that could not be read.
+    `mark` lies just before the record of a commit of our own: whatever ends before it is too short."""
 
     lsn: Lsn
     databases: tuple[DatabaseState, ...]
     taken_at: datetime
     seconds: float
     skipped: dict[str, str] = field(default_factory=dict)
+    mark: Lsn | None = None
 
     @property
     def tables(self) -> tuple[TableState, ...]:
@@ -149,7 +151,7 @@ def primary_state(
         exact = main_name in names and (method == "exact" or (method is None and level == "logical"))
         held, skipped = _hold_ordinary(stack, dsn, sorted(set(names) - {main_name} if exact else set(names)))
         main_sequences = tuple(sequences_of(main)) if exact else ()
-        lsn = _mark(main)
+        lsn, mark = _mark(main)
         if exact:
             try:
                 lsn, last = _hold_exact(stack, dsn, main_name, main_sequences)
@@ -159,27 +161,33 @@ def primary_state(
                 skipped_reason = reason_of(error)
                 more, missing = _hold_ordinary(stack, dsn, [main_name])
                 skipped |= {name: f"{reason}; {skipped_reason}" for name, reason in missing.items()}
-                held, lsn = held + more, _mark(main)
+                held, (lsn, mark) = held + more, _mark(main)
             else:
                 held.append(last)
         if on_mark:
             on_mark(lsn)
         started = clock.monotonic()
         states = tuple(_fingerprint(dsn, database, workers, progress) for database in held)
-        return PrimaryState(lsn, states, clock.now(), clock.monotonic() - started, skipped)
+        return PrimaryState(lsn, states, clock.now(), clock.monotonic() - started, skipped, mark)
 
 
-def _mark(connection: Connection) -> Lsn:
-    """A position after everything that was committed so far, with a commit record before it if we may write.
+def _mark(connection: Connection) -> tuple[Lsn, Lsn | None]:
+    """A position after everything that was committed so far, and, if we may write, one that lies before the
+    record of an empty commit of our own.
 
     On an idle server the last commit may lie long before values that sequences have handed out.
     """
+    mark = None
     with translated():
         try:
-            rows(connection, "select pg_catalog.pg_logical_emit_message(true, 'knockwood', 'compare')")
+            [(text,)] = rows(
+                connection,
+                "select pg_catalog.pg_logical_emit_message(true, 'knockwood', 'compare')::pg_catalog.text",
+            )
+            mark = Lsn.parse(text)
         except psycopg.Error:
             pass
-    return current_insert_lsn(connection)
+    return current_insert_lsn(connection), mark
 
 
 def _hold_ordinary(stack: ExitStack, dsn: str, names: list[str]) -> tuple[list[_Held], dict[str, str]]:

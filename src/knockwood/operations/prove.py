@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -33,12 +32,11 @@ from knockwood.integrity.compare import Comparison, compare
 from knockwood.integrity.primary_state import PrimaryState, primary_state
 from knockwood.integrity.registry import all_checks
 from knockwood.integrity.run import Report, run_checks
-from knockwood.model import Claim, Lsn, Proof, Timeline, Verdict, worst
-from knockwood.operations.lag import commits_between
+from knockwood.model import Claim, Lsn, Proof, Verdict, worst
+from knockwood.operations.lag import POLL, ArchiveWatch, commits_between
 from knockwood.operations.proof_pages import store
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import ServerFacts, connect, server_facts, translated
-from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups import list_backups
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, RestorePlan, Target, ToLsn, resolve
@@ -47,7 +45,7 @@ from knockwood.repository.verify import Verification, verify
 ABOUT_THE_SERVER: Final = frozenset({"backup_age", "configuration", "proof_age", "wal_archive"})
 """Checks that ask how a production server is run; a clone cannot answer them."""
 
-_POLL: Final = 0.1
+_ATTEMPTS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,49 +95,6 @@ def prove(
     """
     chosen = options or Options()
     return _Run(repository, dsn, cluster, chosen, progress or (lambda step: None)).run()
-
-
-@dataclass(slots=True)
-class _Archive:
-    """Watches, beside the hashing, when the archive holds everything before `lsn`."""
-
-    repository: Repository
-    timeline: Timeline
-    start: Lsn
-    timeout: float
-    lsn: Lsn | None = None
-    reached: Lsn = field(default_factory=lambda: Lsn(0))
-    seconds: float | None = None
-    error: KnockwoodError | None = None
-    _thread: threading.Thread | None = None
-
-    def begin(self, lsn: Lsn) -> None:
-        """Called again with a later position, it waits for that one."""
-        first = self.lsn is None
-        self.lsn = lsn
-        if first:
-            self._thread = threading.Thread(target=self._watch, name="archive watch", daemon=True)
-            self._thread.start()
-
-    def _watch(self) -> None:
-        started = clock.monotonic()
-        archive = WalArchive(self.repository)
-        try:
-            while clock.monotonic() - started < self.timeout:
-                self.reached = archive.inventory().end_from(self.timeline, self.start)
-                if self.lsn is not None and self.reached >= self.lsn:
-                    self.seconds = clock.monotonic() - started
-                    return
-                clock.sleep(_POLL)
-        except KnockwoodError as error:
-            self.error = error
-
-    def wait(self) -> None:
-        """Until it is all there, or the time is up. Raises what reading the archive raised."""
-        if self._thread is not None:
-            self._thread.join()
-        if self.error is not None:
-            raise self.error
 
 
 class _Run:
@@ -202,7 +157,7 @@ class _Run:
         return self._fingerprint(self.dsn, facts)
 
     def _fingerprint(self, dsn: str, facts: ServerFacts) -> PrimaryState | None:
-        archive = _Archive(
+        archive = ArchiveWatch(
             self.repository, facts.timeline, self._start(), self.options.archive_timeout.total_seconds()
         )
         self.tell(Step("read the primary"))
@@ -224,7 +179,7 @@ class _Run:
             self.missing_commits = self._count_missing(facts, archive.reached, state.lsn)
         return state
 
-    def _marked(self, dsn: str, archive: _Archive, lsn: Lsn) -> None:
+    def _marked(self, dsn: str, archive: ArchiveWatch, lsn: Lsn) -> None:
         archive.begin(lsn)
         # An archive_command gets whole segments only: an idle server would keep the last one.
         with contextlib.suppress(KnockwoodError), connect(dsn) as connection, translated():
@@ -246,7 +201,20 @@ class _Run:
     # --- the restore ---------------------------------------------------------------------------------
 
     def _plan(self, state: PrimaryState | None) -> RestorePlan:
+        """The plan; made again while what the archive lists changes under it."""
         self.tell(Step("plan"))
+        for _ in range(_ATTEMPTS):
+            plan = self._plan_once(state)
+            if plan.missing is not None or not _too_short(plan, state):
+                return plan
+            clock.sleep(POLL)
+        raise TargetUnreachableError(
+            "the archive covers the primary's last commit, but no plan reaches it",
+            where=self.repository.storage.url,
+            hint="knockwood verify",
+        )
+
+    def _plan_once(self, state: PrimaryState | None) -> RestorePlan:
         # A commit record that begins at the position itself is not part of it.
         target = ToLsn(Lsn(state.lsn.value - 1)) if state else self.options.target
         return resolve(
@@ -366,12 +334,22 @@ class _Run:
 
     def _verify(self) -> None:
         self.tell(Step("verify the repository"))
-        outcome: Verification = verify(self.repository, programs_for=self.options.programs_for)
+        outcome = self._settled()
         reasons = [f"{item.object}: {item.reason}" for item in outcome.damaged]
         reasons += [f"gap {gap.start} to {gap.end}: {gap.reason}" for gap in outcome.gaps]
         reasons += [gap.reason for gap in outcome.not_checked]
         text = f"{outcome.backups} backups and {outcome.segments} WAL segments"
         self._claim("backups and WAL verified", outcome.verdict, _some([*reasons, text]))
+
+    def _settled(self) -> Verification:
+        """Verified; again where a partial segment was replaced by a longer one between listing and reading."""
+        outcome = verify(self.repository, programs_for=self.options.programs_for)
+        for _ in range(_ATTEMPTS):
+            gone = [d.object for d in outcome.damaged if self.repository.storage.info(d.object) is None]
+            if not gone or not all(name.startswith("wal/partial/") for name in gone):
+                break
+            outcome = verify(self.repository, programs_for=self.options.programs_for)
+        return outcome
 
     def _proof(self, plan: RestorePlan, reached: Lsn, seconds: float, taken_at: datetime) -> Proof:
         return Proof(
@@ -389,6 +367,13 @@ class _Run:
             taken_at=taken_at,
             valid_until=taken_at + self.options.valid_for,
         )
+
+
+def _too_short(plan: RestorePlan, state: PrimaryState | None) -> bool:
+    """Whether the plan ends before a commit that we made ourselves on the primary."""
+    if state is None or state.mark is None:
+        return False
+    return plan.last_commit is None or plan.last_commit.lsn < state.mark
 
 
 def _some(reasons: Sequence[str], most: int = 5) -> str:

@@ -19,7 +19,8 @@ from knockwood.postgres.server import LocalServer
 SCHEMA = """
 create table "Odd ""name"" %s" ("Key %" int primary key, "per cent %d" text, n numeric);
 create table parent (id int primary key, v int);
-create table child (id bigserial primary key, p int references parent, t text, f float8, j jsonb, a numeric[]);
+create table child (id bigserial primary key, p int references parent, t text, f float8, j jsonb,
+    a numeric[]);
 create table nothing ();
 create table log (at timestamptz, what text);
 create table parts (k int, v text) partition by hash (k);
@@ -29,7 +30,8 @@ create unlogged table outside (a int);
 insert into nothing default values;
 insert into "Odd ""name"" %s" select i, 'value ' || i, i / 100.0 from generate_series(1, 2000) i;
 insert into parent select i, 0 from generate_series(1, 200) i;
-insert into child (p, t, f, j, a) select i % 200 + 1, 'child ' || i, i / 7.0, jsonb_build_object('i', i), array[i]
+insert into child (p, t, f, j, a)
+    select i % 200 + 1, 'child ' || i, i / 7.0, jsonb_build_object('i', i), array[i]
     from generate_series(1, 3000) i;
 insert into parts select i, 'part ' || i from generate_series(1, 1000) i;
 """
