@@ -295,8 +295,8 @@ def test_rows_hidden_by_row_security_are_not_called_healthy(server: LocalServer)
 
 
 @pytest.fixture
-def careful(new_server: ServerFactory) -> Iterator[LocalServer]:
-    yield new_server(
+def careful(new_server: ServerFactory) -> LocalServer:
+    return new_server(
         18, fsync="on", autovacuum="on", archive_mode="on", archive_command="test ! -f x && cp %p x"
     )
 
