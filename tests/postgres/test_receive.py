@@ -10,7 +10,7 @@ import pytest
 
 from fix_receive import commit, fetch_range, first_lsn, new_repository, start_again, waldump
 from fix_server import ServerFactory
-from knockwood.errors import LockHeldError, WrongSystemError
+from knockwood.errors import LockHeldError, MissingPrivilegeError, WrongSystemError
 from knockwood.model.wal import Timeline, WalRange
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.receive import EventKind, Receiver, ReceiverEvent, receiving
@@ -129,3 +129,22 @@ def test_events_tell_what_happens(new_server: ServerFactory, tmp_path: Path) -> 
     assert kinds[0] == EventKind.STREAMING
     assert kinds[-1] == EventKind.STOPPED
     assert EventKind.ARCHIVED in kinds
+
+
+def test_least_privilege(every_version: int, new_server: ServerFactory, tmp_path: Path) -> None:
+    server = new_server(every_version, segment_megabytes=1)
+    repository = new_repository(server, tmp_path / "repository")
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute("create role knockwood login")
+        connection.execute("grant pg_monitor to knockwood")
+        dsn = server.dsn(user="knockwood")
+        with (
+            pytest.raises(MissingPrivilegeError) as refused,
+            receiving(Receiver(repository, dsn, tmp_path / "spool")),
+        ):
+            pass
+        assert refused.value.hint == "ALTER ROLE knockwood REPLICATION;"
+        connection.execute("alter role knockwood replication")
+    with receiving(Receiver(repository, dsn, tmp_path / "spool")) as receiver:
+        lsn = commit(server, switch=True)
+        assert receiver.flush() >= lsn

@@ -15,8 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from knockwood.errors import (
+    AuthenticationError,
     KnockwoodError,
     LockHeldError,
+    MissingPrivilegeError,
+    ProgramsMissingError,
     ServerDownError,
     StorageUnavailableError,
 )
@@ -37,6 +40,7 @@ from knockwood.repository.spool_upload import Uploader
 LEASE = "wal-receive"
 _POLL = 0.1
 _LEASE_CHECK = 20.0
+_LASTING = (AuthenticationError, MissingPrivilegeError, ProgramsMissingError)
 
 
 class Receiver:
@@ -86,12 +90,17 @@ class Receiver:
         return self._uploader.durable
 
     def wait_streaming(self, timeout: float = 30) -> None:
-        """Wait for the first stream; raises what keeps it from starting, once the time is up."""
+        """Wait for the first stream; raises what keeps it from starting, once the time is up.
+
+        What no waiting mends (a missing privilege, a wrong password, no programs) is raised at once.
+        """
         deadline = clock.monotonic() + timeout
         with self._news:
             while not self._streaming.started:
                 if self.failure is not None:
                     raise self.failure
+                if isinstance(self._streaming.problem, _LASTING):
+                    raise self._streaming.problem
                 if self._ended or clock.monotonic() > deadline:
                     raise self._streaming.problem or ServerDownError(
                         "the receiver did not start to stream in time"
