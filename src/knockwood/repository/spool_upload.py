@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from knockwood.host import clock
@@ -15,7 +14,6 @@ from knockwood.repository.walfile import content_end, rounded_down, rounded_up
 
 # A file whose last bytes did not change for so long has no write under way.
 _QUIET = 0.05
-_AT_ONCE = 4
 
 
 @dataclass
@@ -49,10 +47,10 @@ class Uploader:
             if timeline not in self._histories:
                 self.archive.put_history(timeline, text)
                 self._histories.add(timeline)
-        self._upload_whole([file for file in present if not file.partial])
         for file in present:
             last = file is present[-1]
             if not file.partial:
+                self._upload_whole(file)
                 if self._whole_after(file, present):
                     self._discard(file)
             elif not last:
@@ -69,23 +67,12 @@ class Uploader:
         # that it was finished, so that a half-made newest file can be thrown away.
         return any(not other.partial and other.rank > file.rank for other in present)
 
-    def _upload_whole(self, whole: list[SpoolFile]) -> None:
-        """Several at a time when there are several: a storage far away is slow for one."""
-        todo = [file for file in whole if file.segment.name not in self._stored]
-        for start in range(0, len(todo), _AT_ONCE):
-            batch = todo[start : start + _AT_ONCE]
-            if len(batch) == 1:
-                self._note_whole(batch[0], self.archive.put_segment(batch[0].segment, batch[0].path))
-                continue
-            with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="wal upload") as pool:
-                stored = pool.map(
-                    self.archive.put_segment, [f.segment for f in batch], [f.path for f in batch]
-                )
-                # In their order, so that `durable` never runs ahead of one that failed.
-                for file, new in zip(batch, stored, strict=True):
-                    self._note_whole(file, new)
-
-    def _note_whole(self, file: SpoolFile, new: bool) -> None:
+    def _upload_whole(self, file: SpoolFile) -> None:
+        # One after the other, in order: with several under way a crash, or a look at the archive
+        # meanwhile, would find a hole.
+        if file.segment.name in self._stored:
+            return
+        new = self.archive.put_segment(file.segment, file.path)
         self._stored.add(file.segment.name)
         self.found(file.segment.timeline, file.segment.end)
         self.archive.drop_partials(file.segment)
