@@ -7,7 +7,7 @@ import select
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NoReturn, Self
 
 import psycopg
 from psycopg import pq
@@ -19,6 +19,7 @@ from knockwood.postgres.binaries import SUPPORTED
 from knockwood.postgres.connection import translated, with_words
 
 _MAIN_ARCHIVE = "base.tar"
+_GRANT = "ALTER ROLE knockwood REPLICATION;"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +95,9 @@ class ReplicationConnection:
         self._dsn = dsn
         self._connection = pq.PGconn.connect(full.encode())
         if self._connection.status != pq.ConnStatus.OK:
-            message = self._connection.get_error_message()
+            message = self._connection.get_error_message().strip()
             self._connection.finish()
-            with translated(dsn):
-                raise psycopg.OperationalError(message)
+            _raise_refusal(message, dsn)
         self._poll = select.poll()
         self._poll.register(self._connection.socket, select.POLLIN)
         if self.major not in SUPPORTED:
@@ -280,7 +280,7 @@ class ReplicationConnection:
             if isinstance(error, psycopg.errors.InsufficientPrivilege) and "replication" in text.lower():
                 raise MissingPrivilegeError(
                     text.strip().splitlines()[0].removeprefix("ERROR:").strip(),
-                    hint="ALTER ROLE knockwood REPLICATION;",
+                    hint=_GRANT,
                 )
             with translated(self._dsn):
                 raise error
@@ -303,6 +303,15 @@ class ReplicationConnection:
             while self._result() is not None:
                 pass
         self._check(result, pq.ExecStatus.TUPLES_OK)
+
+
+def _raise_refusal(message: str, dsn: str) -> NoReturn:
+    lines = [line for line in message.splitlines() if not line.startswith(("DETAIL:", "HINT:"))]
+    if "REPLICATION attribute" in message or "must be superuser or replication role" in message:
+        raise MissingPrivilegeError(lines[-1].rpartition("FATAL:")[2].strip(), hint=_GRANT)
+    with translated(dsn):
+        raise psycopg.OperationalError(lines[-1] if lines else message)
+    raise ServerDownError(message)
 
 
 def _base_backup_command(
