@@ -208,6 +208,28 @@ def test_a_backup_label_removed_with_all_bookkeeping_redone(whole: Archived) -> 
     assert [one.backup for one in found.unusable] == [backup.id]
 
 
+def test_a_file_altered_with_all_bookkeeping_redone_is_found_by_a_full_run(whole: Archived) -> None:
+    (backup,) = whole.backups
+    assert verify(whole.repository, full=True).verdict is Verdict.HELD
+    pack = min(backup.packs, key=lambda p: p.raw_bytes)
+    lines = [json.loads(x) for x in b"".join(whole.repository.read(backup.members.name)).splitlines()]
+    (number,) = [line["pack"] for line in lines if line.get("name") == pack.name]
+    inside = max((x for x in lines if x.get("pack") == number and "path" in x), key=lambda x: x["size"])
+    raw = bytearray(b"".join(whole.repository.read(pack.name)))
+    raw[inside["offset"] + inside["size"] // 2] ^= 1
+    counted = codec.Counted(codec.encode([bytes(raw)]))
+    (whole.root / pack.name).write_bytes(b"".join(bytes(c) for c in counted))
+    path = whole.root / f"backups/{backup.id}/backup.json"
+    value = json.loads(path.read_text())
+    for entry in value["packs"]:
+        if entry["name"] == pack.name:
+            entry |= {"bytes": counted.bytes, "sha256": counted.sha256}
+    path.write_text(json.dumps(value))
+    found = verify(whole.repository, full=True)
+    assert [d.object for d in found.damaged] == [pack.name]
+    assert inside["path"] in found.damaged[0].reason
+
+
 def _without_label(made: Archived) -> None:
     """Drop the file from the pack and write index, sizes and sha256 anew."""
     (backup,) = made.backups

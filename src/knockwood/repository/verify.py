@@ -151,6 +151,7 @@ class _Run:
     ) -> None:
         self._repository = repository
         self._programs_for = programs_for
+        self._full = full
         self._progress = progress or (lambda what, done, total: None)
         self._begun = clock.monotonic()
         self._moment = clock.now()
@@ -217,7 +218,13 @@ class _Run:
             self._progress("backups", done, total)
 
         results = check_all(
-            self._repository, backups, self._listing, self._state.objects, self._moment, advance
+            self._repository,
+            backups,
+            self._listing,
+            self._state.objects,
+            self._moment,
+            advance,
+            contents=self._full,
         )
         for result in results.values():
             self._damaged += [Damaged(name, reason) for name, reason in result.damaged.items()]

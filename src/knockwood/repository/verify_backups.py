@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NamedTuple
 
 from knockwood.errors import KnockwoodError, ObjectDamagedError, ObjectMissingError, WrongKeyError
 from knockwood.repository.backups.listing import MemberIndex, read_index, read_object
 from knockwood.repository.backups.model import Backup, Pack
+from knockwood.repository.contents import altered
 from knockwood.repository.proved import Proved
 from knockwood.repository.repository import Repository
 from knockwood.repository.storage import ObjectInfo
@@ -47,8 +49,12 @@ def check_backup(
     trusted: Mapping[str, Proved],
     moment: datetime,
     on_bytes: Callable[[int], None] = lambda count: None,
+    *,
+    contents: bool = False,
 ) -> BackupResult:
     """Check one backup. Presence and sizes always; the content of what is not in `trusted`.
+
+    With `contents` the packs are opened and each file compared with its checksum in the manifest.
 
     Raises StorageUnavailableError only; damage is in the result.
     """
@@ -77,7 +83,7 @@ def check_backup(
                 result.damaged[pack.name] = reason
     # The index and the manifest are small, and say whether the backup is whole: compared every time.
     if backup.members.name not in result.damaged and backup.manifest.name not in result.damaged:
-        _compare(repository, backup, result)
+        _compare(repository, backup, result, contents=contents)
     return result
 
 
@@ -94,7 +100,7 @@ def _sha256(repository: Repository, pack: Pack) -> str | None:
     return None
 
 
-def _compare(repository: Repository, backup: Backup, result: BackupResult) -> None:
+def _compare(repository: Repository, backup: Backup, result: BackupResult, *, contents: bool) -> None:
     try:
         index = read_index(repository, backup)
         files, problem = _manifest(read_object(repository, backup.manifest))
@@ -110,12 +116,41 @@ def _compare(repository: Repository, backup: Backup, result: BackupResult) -> No
     packs = {pack.name: pack for pack in backup.packs}
     for name, reason in (*_against_packs(index, packs), *_against_manifest(index, files, packs)):
         result.damaged.setdefault(name or backup.members.name, reason)
+    if contents:
+        _open_packs(repository, backup, {p: e.checksum for p, e in files.items() if e.checksum}, result)
 
 
-def _manifest(chunks: Iterator[bytes]) -> tuple[dict[str, int], str | None]:
-    """Path to size of the files in a backup_manifest, and what is wrong with its own checksum."""
+def _open_packs(
+    repository: Repository, backup: Backup, stated: Mapping[str, tuple[str, str]], result: BackupResult
+) -> None:
+    part = f"{backup.folder} contents of files"
+    if not stated:
+        result.not_checked[part] = "the manifest holds no checksums"
+        return
+    for pack in backup.packs:
+        if pack.name in result.damaged:
+            continue
+        try:
+            for _, reason in altered(read_object(repository, pack), stated):
+                result.damaged.setdefault(pack.name, reason)
+        except WrongKeyError as error:
+            result.not_checked[part] = error.what
+            return
+        except (ObjectDamagedError, ObjectMissingError) as error:
+            result.damaged[pack.name] = error.what
+
+
+class _Entry(NamedTuple):
+    """A file in a manifest; `checksum` is algorithm and value, None if it has none."""
+
+    size: int
+    checksum: tuple[str, str] | None
+
+
+def _manifest(chunks: Iterator[bytes]) -> tuple[dict[str, _Entry], str | None]:
+    """The files in a backup_manifest by path, and what is wrong with its own checksum."""
     digest = hashlib.sha256()
-    files: dict[str, int] = {}
+    files: dict[str, _Entry] = {}
     stated: str | None = None
     for line in _lines(chunks):
         if line.startswith(b'"Manifest-Checksum"'):
@@ -128,7 +163,9 @@ def _manifest(chunks: Iterator[bytes]) -> tuple[dict[str, int], str | None]:
             path = entry.get("Path")
             if path is None:
                 path = bytes.fromhex(entry["Encoded-Path"]).decode("utf-8", "surrogateescape")
-            files[path] = int(entry["Size"])
+            algorithm = entry.get("Checksum-Algorithm")
+            checksum = (algorithm, entry["Checksum"]) if algorithm else None
+            files[path] = _Entry(int(entry["Size"]), checksum)
     if stated is None:
         return files, "has no checksum of its own: it is cut short"
     if stated != digest.hexdigest():
@@ -166,7 +203,7 @@ def _against_packs(index: MemberIndex, packs: Mapping[str, Pack]) -> Iterator[tu
 
 
 def _against_manifest(
-    index: MemberIndex, files: Mapping[str, int], packs: Mapping[str, Pack]
+    index: MemberIndex, files: Mapping[str, _Entry], packs: Mapping[str, Pack]
 ) -> Iterator[tuple[str | None, str]]:
     held = {member.path: member for member in index.members.values() if member.kind == "file"}
     missing = sorted({*(files.keys() - held.keys()), *(name for name in REQUIRED if name not in held)})
@@ -176,7 +213,7 @@ def _against_manifest(
     strange = sorted(held.keys() - files.keys())
     if strange:
         yield None, f"holds files that the manifest does not name: {', '.join(strange[:3])}"
-    for path, size in files.items():
+    for path, (size, _) in files.items():
         member = held.get(path)
         if member is not None and member.size != size:
             name = index.packs[member.pack].name if member.pack in index.packs else None
@@ -190,6 +227,11 @@ def check_all(
     trusted: Mapping[str, Proved],
     moment: datetime,
     on_bytes: Callable[[int], None],
+    *,
+    contents: bool = False,
 ) -> dict[str, BackupResult]:
     """Check every backup; by id."""
-    return {b.id: check_backup(repository, b, listing, trusted, moment, on_bytes) for b in backups}
+    return {
+        b.id: check_backup(repository, b, listing, trusted, moment, on_bytes, contents=contents)
+        for b in backups
+    }
