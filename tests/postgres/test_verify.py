@@ -25,7 +25,7 @@ from knockwood.postgres.binaries import Programs
 from knockwood.postgres.connection import connect
 from knockwood.repository import codec
 from knockwood.repository.archive import WalArchive
-from knockwood.repository.targets import BeforeXid, Latest, resolve
+from knockwood.repository.targets import BeforeXid, Latest, ToLsn, resolve
 from knockwood.repository.verify import Verification, verify
 
 if TYPE_CHECKING:
@@ -339,3 +339,31 @@ def _promoted(new_server: ServerFactory, root: Path) -> Archived:
     archive_wal(made)
     assert WalArchive(made.repository).inventory().histories
     return made
+
+
+def test_a_partial_tail_counts_up_to_its_last_record(made: Archived) -> None:
+    """The segment being written, as a receiver stores it: it may end anywhere, also inside a record."""
+    with connect(made.server.dsn()) as connection:
+        connection.execute("insert into witness values (7)")
+        row = connection.execute("select pg_current_wal_insert_lsn()::text").fetchone()
+        assert row is not None
+        end = Lsn.parse(row[0])
+        connection.execute("insert into witness values (8)")
+    segment = WalSegment.containing(Timeline(1), end, 1 << 20)
+    path = made.server.data_directory / "pg_wal" / segment.name
+    archive = WalArchive(made.repository)
+    archive.put_partial(segment, path, end + 20)
+    found = verify(made.repository)
+    assert _wal_only(found) == []
+    plan = resolve(made.repository, Latest())
+    assert plan.wal[-1].partial_name is not None
+    assert plan.last_commit is not None
+    assert segment.start <= plan.last_commit.lsn < end
+    with pytest.raises(TargetUnreachableError, match=f"ends at {end}"):
+        resolve(made.repository, ToLsn(end + 64))
+    # Replaced by a longer one between listing and reading: no false alarm.
+    listed = archive.inventory().partials[0]
+    archive.put_partial(segment, path, end + 40)
+    archive.drop_partials(segment, end + 40)
+    archive.fetch_partial(listed.name, made.root.parent / "again")
+    assert _wal_only(verify(made.repository)) == []

@@ -6,7 +6,8 @@ turn in the rotation has come, or all of it with `full`; what was proved is reme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from knockwood.repository.repository import HEADER, Repository, RepositoryHeader
 from knockwood.repository.route import Break, WalFacts
 from knockwood.repository.verify_backups import BackupResult, check_all
 from knockwood.repository.walk import Piece, fetch, workplace
-from knockwood.repository.windows import Gap, Unusable, Window, survey
+from knockwood.repository.windows import Gap, Unusable, Window, disagreements, survey
 
 ROTATE = 1 / 30
 """The part of what was proved before that each run reads again: with daily runs all within a month."""
@@ -135,7 +136,12 @@ def verify(
     Raises StorageUnavailableError and other passing failures; damage is in the outcome. With
     `remember=False` nothing is written to the repository.
     """
-    return _Run(repository, full, rotate_fraction, programs_for, progress).run(remember)
+    run = _Run(repository, full, rotate_fraction, programs_for, progress)
+    found = run.run(remember)
+    if run.overtaken(found):
+        # An object went while it was read: by expiry, which is no damage, or for good, which is found now.
+        found = _Run(repository, full, rotate_fraction, programs_for, progress).run(remember)
+    return found
 
 
 class _Run:
@@ -195,6 +201,11 @@ class _Run:
             _newest_bad=newest_bad,
         )
 
+    def overtaken(self, found: Verification) -> bool:
+        """Whether something called damaged was there at the beginning and has gone since."""
+        listed = (damage.object for damage in found.damaged if damage.object in self._listing)
+        return any(self._repository.storage.info(name) is None for name in listed)
+
     # --- parts -------------------------------------------------------------------------------------
 
     def _check_header(self) -> None:
@@ -208,6 +219,8 @@ class _Run:
 
     def _backups(self) -> tuple[list[Backup], dict[str, BackupResult]]:
         backups, errors = scan_backups(self._repository)
+        # One that was completed after our listing has its turn in the next run.
+        backups = [b for b in backups if f"{b.folder}backup.json" in self._listing]
         self._damaged += [Damaged(error.where or "backups/", error.what) for error in errors]
         total = sum(p.bytes for b in backups for p in b.objects if p.name not in self._state.objects)
         done = 0
@@ -281,9 +294,7 @@ class _Run:
             return reader.facts()
 
     def _reader(self, inventory: ArchiveInventory, programs: Programs, folder: Path) -> ArchiveReader:
-        def advance(done: int, total: int) -> None:
-            self._progress("wal", done, total)
-
+        advance = functools.partial(self._progress, "wal")
         return ArchiveReader(
             self._repository, inventory, self._listing, programs, folder, self._state, advance
         )
@@ -377,15 +388,6 @@ class _Run:
 def _whole_segment(piece: Piece, reason: str) -> Break:
     segment = piece.segment
     return Break(segment.timeline, segment.start, None, segment, piece.object, reason)
-
-
-def disagreements(histories: Mapping[Timeline, TimelineHistory]) -> Iterator[tuple[Timeline, str]]:
-    """Histories that tell another ancestry than their parent's own history does."""
-    for timeline, history in histories.items():
-        for index, (parent, _) in enumerate(history.switches):
-            known = histories.get(parent)
-            if known is not None and known.switches != history.switches[:index]:
-                yield timeline, f"tells another past than the history of timeline {parent}"
 
 
 def _bad_pages(backups: list[Backup]) -> tuple[tuple[Unusable, ...], bool]:

@@ -36,6 +36,7 @@ from knockwood.postgres.waldump import (
     walk,
 )
 from knockwood.postgres.walreader import PAGE_BYTES
+from knockwood.repository.archive import WalArchive
 from knockwood.repository.repository import Repository
 from knockwood.repository.route import Break, SegmentFacts
 from knockwood.repository.walfile import check_header
@@ -94,6 +95,17 @@ def fetch(repository: Repository, piece: Piece, into: Path) -> None:
 
     Raises ObjectDamagedError, ObjectMissingError, WrongSystemError, WrongKeyError.
     """
+    try:
+        _write(repository, piece, into)
+    except ObjectMissingError:
+        if piece.end is None:
+            raise
+        # A receiver replaces a partial segment by a longer one, or the whole: the same bytes are there.
+        WalArchive(repository).fetch_partial(piece.object, into)
+    check_header(piece.segment, into, repository.header.system_identifier)
+
+
+def _write(repository: Repository, piece: Piece, into: Path) -> None:
     segment = piece.segment
     wanted = (piece.end or segment.end) - segment.start
     size = 0
@@ -103,7 +115,6 @@ def fetch(repository: Repository, piece: Piece, into: Path) -> None:
         if size != wanted:
             raise ObjectDamagedError(f"holds {size} bytes instead of {wanted}", where=piece.object)
         file.truncate(segment.bytes)
-    check_header(segment, into, repository.header.system_identifier)
 
 
 def runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from knockwood.model.wal import Lsn, Timeline, WalSegment
+from knockwood.model.wal import Lsn, Timeline, TimelineHistory, WalSegment
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.inventory import ArchiveInventory
 from knockwood.repository.route import Reach, Route, Stop, WalFacts, last_commit_time
@@ -263,3 +263,12 @@ def _backwards(route: Route, before: Lsn, since: Lsn) -> Iterator[WalSegment]:
 
 def _point(lsn: Lsn, time: datetime | None) -> dict[str, Any]:
     return {"lsn": str(lsn), "time": time.isoformat() if time else None}
+
+
+def disagreements(histories: Mapping[Timeline, TimelineHistory]) -> Iterator[tuple[Timeline, str]]:
+    """Histories that tell another ancestry than their parent's own history does."""
+    for timeline, history in histories.items():
+        for index, (parent, _) in enumerate(history.switches):
+            known = histories.get(parent)
+            if known is not None and known.switches != history.switches[:index]:
+                yield timeline, f"tells another past than the history of timeline {parent}"
