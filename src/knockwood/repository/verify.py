@@ -395,6 +395,3 @@ def _bad_pages(backups: list[Backup]) -> tuple[tuple[Unusable, ...], bool]:
     told = tuple(Unusable(b.id, f"{b.health.bad_page_count} bad pages: {b.health.reason}") for b in bad)
     newest = max(backups, key=lambda b: b.finished_at, default=None)
     return told, newest is not None and newest.health.verdict is Verdict.BROKEN
-
-
-__all__ = ["Damaged", "NotChecked", "Verification", "verify"]
