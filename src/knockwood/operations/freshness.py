@@ -35,7 +35,7 @@ def bring_up_to_date(cluster: Cluster, repository: Repository, timeout: float = 
     Never raises for a server that is down: that is when people restore.
     """
     try:
-        promised = receive_server.flush_position(cluster.dsn)
+        promised = receive_server.flushed(cluster.dsn).flush
         position = receive_server.identify(cluster.dsn)
     except PostgresError as error:
         return Freshness(None, False, f"the live server does not answer, the archive alone counts: {error}")

@@ -106,7 +106,7 @@ def _recoverable(
 def _behind(cluster: Cluster, repository: Repository, now: datetime) -> float | None:
     """Seconds between the newest archived WAL and now, 0 if the archive holds all that was flushed."""
     try:
-        promised = receive_server.flush_position(cluster.dsn)
+        promised = receive_server.flushed(cluster.dsn).flush
         timeline = receive_server.identify(cluster.dsn).history.timeline
     except PostgresError:
         return None

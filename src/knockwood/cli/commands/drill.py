@@ -51,7 +51,7 @@ def list_drills(*, common: Common = DEFAULT) -> Answer:
 def run_drills(
     *names: str,
     seed: Annotated[int, Parameter(help="Chooses the pages hit and the clients' behaviour.")] = 1,
-    orders: Annotated[int, Parameter(help="Orders in the shop before the drill.")] = 150_000,
+    orders: Annotated[int, Parameter(help="Orders in the shop before the drill.")] = 60_000,
     clients: Annotated[int, Parameter(help="Clients writing throughout.")] = 8,
     common: Common = DEFAULT,
 ) -> Answer:

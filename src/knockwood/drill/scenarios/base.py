@@ -29,7 +29,7 @@ DETECTORS = ("page_checksums", "invariants")
 class Scale:
     """How large a drill is: seed orders, clients, and seconds of load before and after the fault."""
 
-    orders: int = 150_000
+    orders: int = 60_000
     clients: int = 8
     warm_up: float = 4.0
     aftermath: float = 3.0
