@@ -48,7 +48,9 @@ class Knockwood:
         return self.folder
 
     def at(self, repository: Path) -> Knockwood:
+        # The server is taken for lost: a restore has the damaged repository and nothing else.
         text = self.settings.read_text().replace(str(self.folder), str(repository))
+        text = text.replace(str(self.source.server.socket_directory), str(repository / "no-server"))
         moved = replace(self, folder=repository, receiver=[])
         moved.settings.write_text(text)
         return moved

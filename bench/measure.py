@@ -79,17 +79,17 @@ class Sampler(threading.Thread):
     def __init__(self, pid: int) -> None:
         super().__init__(name="memory", daemon=True)
         self._root = psutil.Process(pid)
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self.own = 0
         self.server = 0
 
     def run(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
+        while not self._ended.wait(SAMPLE_SECONDS):
             own, server = self._sample()
             self.own, self.server = max(self.own, own), max(self.server, server)
 
     def end(self) -> Memory:
-        self._stop.set()
+        self._ended.set()
         self.join()
         return Memory(self.own, self.server)
 
