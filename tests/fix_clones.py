@@ -66,8 +66,9 @@ def protected(server: LocalServer, folder: Path) -> Iterator[Protected]:
     with connect(server.dsn()) as connection:
         connection.execute("create table t (a bigint primary key)")
     repository = new_repository(server, folder / "repository")
+    # Partial segments are stored by `flush` only, so that none is replaced while a test reads it.
     receiver = Receiver(
-        repository, server.dsn(), folder / "receiver", programs=server.programs, partial_every=0.2
+        repository, server.dsn(), folder / "receiver", programs=server.programs, partial_every=3600
     )
     with receiving(receiver):
         yield Protected(server, repository, receiver, folder)

@@ -38,7 +38,8 @@ print("ready", flush=True)
 _CLONE = (
     _OPEN
     + """
-with spawn(repository, resolve(repository, Latest()), purpose="kill", registry=Registry(Path(sys.argv[2]))) as clone:
+plan = resolve(repository, Latest())
+with spawn(repository, plan, purpose="kill", registry=Registry(Path(sys.argv[2]))) as clone:
     clone.promote()
 print("done", flush=True)
 """

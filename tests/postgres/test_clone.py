@@ -143,7 +143,7 @@ def test_wal_that_would_write_over_a_live_tablespace_is_refused(
         with pytest.raises(RefusedError, match="created after the backup"):
             spawn(made.repository, made.plan("latest"), purpose="test", registry=made.registry)
         assert made.registry.records() == []
-        assert list((made.folder / "state" / "clones").iterdir()) == []
+        assert {path.name for path in made.registry.folder.iterdir()} <= {"sweep.lock"}
 
 
 def test_where_postgres_would_promote_in_silence_it_is_told(
@@ -294,7 +294,7 @@ def test_wal_missing_from_the_spool_is_an_error_and_not_an_end(
         short = replace(late, wal=late.wal[:-2])
         with pytest.raises(RecoveryFailedError, match="the WAL ends before after the record at"):
             spawn(made.repository, short, purpose="test", registry=made.registry)
-        assert list((made.folder / "state" / "clones").iterdir()) == []
+        assert {path.name for path in made.registry.folder.iterdir()} <= {"sweep.lock"}
 
 
 def test_damaged_wal_is_told_as_damage(new_server: ServerFactory, shared_folder: Path) -> None:

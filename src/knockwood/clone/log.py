@@ -20,9 +20,7 @@ _STOP = re.compile(
     r"|recovery stopping after reaching consistency"
 )
 _CONSISTENT = re.compile(r"consistent recovery state reached at ([0-9A-F]+/[0-9A-F]+)")
-_GUARD = re.compile(
-    rf"could not restore file \"[0-9A-F]{{8}}\.history\".*exit(?:ed with exit)? code {GUARD_STATUS}"
-)
+_GUARD = re.compile(rf"could not restore file \"[0-9A-F]{{8}}\.history\".* exit code {GUARD_STATUS}\b")
 _LEVEL = re.compile(r"\] (?:FATAL|PANIC|ERROR|WARNING|LOG):  (.*)")
 _BAD_WAL = re.compile(
     r"incorrect resource manager data checksum|invalid magic number|unexpected pageaddr|incorrect prev-link"

@@ -255,10 +255,13 @@ def spawn(
     `into` is a folder that does not exist or is empty; by default one of the registry's. `settings`
     beat the clone's own (such as shared_preload_libraries, empty otherwise). `unreadable` says what
     happens where PostgreSQL cannot pause: a promoted, read-only clone of the same data, or UnreadableError.
-    Raises NoSpaceError before anything is written, RecoveryFailedError if the target was not reached.
+    Clones of dead processes are removed first. Raises NoSpaceError before anything is written,
+    RecoveryFailedError if the target was not reached.
     """
     programs = programs or find_programs(plan.backup.major)
-    entry = (registry or Registry()).enter(purpose, into)
+    registry = registry or Registry()
+    registry.sweep()
+    entry = registry.enter(purpose, into)
     try:
         workspace = Workspace(entry.record.root, account or privileges.server_account())
         clone = make(repository, plan, workspace, programs, entry.record.socket_directory, unreadable)
