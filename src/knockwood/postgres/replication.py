@@ -92,6 +92,9 @@ class ReplicationConnection:
     def __init__(self, dsn: str, *, database: bool = False, application_name: str = "knockwood") -> None:
         mode = "database" if database else "true"
         full = with_words(dsn, replication=mode, application_name=application_name, connect_timeout=10)
+        if "keepalives" not in dsn:
+            # A server that vanished without a word would otherwise be waited for two hours.
+            full = with_words(full, keepalives_idle=30, keepalives_interval=10, keepalives_count=6)
         self._dsn = dsn
         self._connection = pq.PGconn.connect(full.encode())
         if self._connection.status != pq.ConnStatus.OK:

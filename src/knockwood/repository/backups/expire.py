@@ -11,7 +11,7 @@ from knockwood.errors import KnockwoodError
 from knockwood.host import clock
 from knockwood.model import Lsn, Verdict, WalRange, WalSegment
 from knockwood.repository.archive import WalArchive
-from knockwood.repository.backups.listing import COMMIT_MARK, scan_backups
+from knockwood.repository.backups.listing import COMMIT_MARK, age_order, scan_backups
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.backups.take import LEASE, remove_leftovers, remove_objects
 from knockwood.repository.inventory import ArchiveInventory
@@ -70,8 +70,8 @@ def plan_expiry(
         while parent is not None and parent in by_id:
             kept.setdefault(parent, f"{id} builds on it")
             parent = by_id[parent].parent
-    # The newest first: an incremental backup is newer than what it builds on.
-    remove = tuple(backup for backup in reversed(_ordered(backups)) if backup.id not in kept)
+    gone = [backup for backup in sorted(backups, key=age_order, reverse=True) if backup.id not in kept]
+    remove = tuple(sorted(gone, key=lambda backup: -_depth(backup, by_id)))
     remaining = [backup for backup in backups if backup.id in kept]
     if not remaining or (keep_time is None and keep_count is None):
         return ExpiryPlan(remove, (), (), kept)
@@ -82,19 +82,14 @@ def plan_expiry(
     return ExpiryPlan(remove, _wal(earliest, inventory), partials, kept)
 
 
-def _ordered(backups: Iterable[Backup]) -> list[Backup]:
-    """Oldest first, and no backup before the one it builds on."""
-    known = {backup.id: backup for backup in backups}
-
-    def depth(backup: Backup) -> int:
-        steps, seen = 0, {backup.id}
-        while backup.parent in known and backup.parent not in seen:
-            backup = known[backup.parent]
-            seen.add(backup.id)
-            steps += 1
-        return steps
-
-    return sorted(known.values(), key=lambda backup: (backup.finished_at, depth(backup), backup.id))
+def _depth(backup: Backup, known: Mapping[str, Backup]) -> int:
+    """How many backups it builds on."""
+    seen = {backup.id}
+    parent = backup.parent
+    while parent is not None and parent in known and parent not in seen:
+        seen.add(parent)
+        parent = known[parent].parent
+    return len(seen)
 
 
 def _wanted(
@@ -106,10 +101,12 @@ def _wanted(
 ) -> dict[str, str]:
     if keep_time is None and keep_count is None:
         return {backup.id: "no retention is set" for backup in backups}
-    ordered = _ordered(backups)
+    ordered = sorted(backups, key=age_order)
     kept: dict[str, str] = {}
     if ordered:
         kept[ordered[-1].id] = "it is the newest"
+        # A clock may have jumped: what was taken last by the clock stays as well.
+        kept.setdefault(max(ordered, key=lambda backup: backup.finished_at).id, "it is the newest by time")
     healthy = [backup for backup in ordered if backup.health.verdict != Verdict.BROKEN]
     if healthy:
         kept.setdefault(healthy[-1].id, "it is the newest without known damage")

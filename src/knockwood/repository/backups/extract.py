@@ -46,9 +46,8 @@ class Layout:
             raise ObjectDamagedError("a member of the backup leads outside the data directory", where=path)
         if parts[0] == "pg_tblspc" and len(parts) > 1 and parts[1].isdecimal():
             place = self.tablespaces.get(int(parts[1]))
-            if place is None:
-                raise ObjectDamagedError("a member of a tablespace that the backup does not list", where=path)
-            return place.joinpath(*parts[2:])
+            if place is not None:  # else it is one that lies in the data directory itself
+                return place.joinpath(*parts[2:])
         return self.root.joinpath(*parts)
 
 

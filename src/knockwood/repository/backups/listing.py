@@ -6,14 +6,21 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 from knockwood.errors import KnockwoodError, ObjectDamagedError, ObjectMissingError, RepositoryFormatError
+from knockwood.model import Lsn
 from knockwood.repository import codec
 from knockwood.repository.backups.model import FOLDER, Backup, Pack
 from knockwood.repository.repository import Repository
 
 COMMIT_MARK = "backup.json"
+
+
+def age_order(backup: Backup) -> tuple[int, Lsn, datetime, str]:
+    """The order in which backups were taken, whatever the clocks said."""
+    return backup.timeline, backup.start_lsn, backup.finished_at, backup.id
 
 
 def list_backups(repository: Repository) -> list[Backup]:
@@ -35,7 +42,7 @@ def scan_backups(repository: Repository) -> tuple[list[Backup], list[KnockwoodEr
         except (ObjectDamagedError, RepositoryFormatError) as error:
             error.where = f"{repository.storage.url}/{info.name}"
             unreadable.append(error)
-    return sorted(found, key=lambda backup: (backup.start_lsn, backup.finished_at, backup.id)), unreadable
+    return sorted(found, key=age_order), unreadable
 
 
 def read_object(repository: Repository, pack: Pack) -> Iterator[bytes]:

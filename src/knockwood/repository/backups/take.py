@@ -263,8 +263,9 @@ class _Run:
         return packs
 
     def _read_again(self, path: str, offset: int, length: int) -> bytes | None:
-        with translated():
-            row = self.connection.execute(
+        # A connection of its own: ours may have been idle for hours.
+        with connect(self.dsn) as connection, translated(self.dsn):
+            row = connection.execute(
                 "select pg_catalog.pg_read_binary_file(%s, %s, %s, true)", [path, offset, length], binary=True
             ).fetchone()
         data: bytes | None = row[0] if row else None

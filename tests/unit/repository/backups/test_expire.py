@@ -166,3 +166,19 @@ def test_old_backups_and_their_wal_go() -> None:
     assert made.kept["b5"] == "it is the newest"
     again = plan([replace(backup, parent=None) for backup in left], [], None, 2)[0]
     assert again.remove == ()
+
+
+def test_a_clock_that_jumped_does_not_cost_the_newest_backup() -> None:
+    future = a_backup("future", 1, Lsn(10 * SEGMENT), Lsn(11 * SEGMENT), NOW + timedelta(days=900))
+    true = a_backup("true", 1, Lsn(30 * SEGMENT), Lsn(31 * SEGMENT), NOW)
+    for time, count in ((None, 1), (timedelta(days=1), None), (timedelta(0), 0)):
+        _, left = plan([future, true], [], time, count)
+        assert "true" in {backup.id for backup in left}
+
+
+def test_a_newer_timeline_is_newer_whatever_its_lsn() -> None:
+    dead = a_backup("dead", 1, Lsn(90 * SEGMENT), Lsn(91 * SEGMENT), NOW - timedelta(days=2))
+    live = a_backup("live", 2, Lsn(50 * SEGMENT), Lsn(51 * SEGMENT), NOW)
+    made, left = plan([dead, live], [], None, 1)
+    assert [backup.id for backup in left] == ["live"]
+    assert made.kept == {"live": "it is the newest"}

@@ -130,10 +130,16 @@ def test_the_control_file_is_held_back(repository: Repository, tmp_path: Path) -
     assert sorted(path.name for path in (tmp_path / "x" / "global").iterdir()) == ["pg_control.incomplete"]
 
 
-@pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x", "pg_tblspc/7/x"])
+@pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x", "", "pg_tblspc/7/../../../x"])
 def test_no_member_leads_outside(repository: Repository, tmp_path: Path, path: str) -> None:
     with pytest.raises(ObjectDamagedError):
         Layout(tmp_path).place(path)
+
+
+def test_tablespaces_go_where_the_layout_says(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "data", {7: tmp_path / "fast"})
+    assert layout.place("pg_tblspc/7/PG_18/5/1") == tmp_path / "fast/PG_18/5/1"
+    assert layout.place("pg_tblspc/8/PG_18/5/1") == tmp_path / "data/pg_tblspc/8/PG_18/5/1"
 
 
 def test_a_failing_store_ends_the_writer(repository: Repository) -> None:
