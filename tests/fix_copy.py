@@ -39,7 +39,7 @@ class Copies:
 
     def at(self, lsn: Lsn) -> LocalServer:
         """A copy paused before the record at `lsn` (which the server has written past)."""
-        self._archive_to(lsn)
+        self._archive()
         folder = self.base.parent / f"copy-{len(self.made)}"
         shutil.copytree(self.base, folder, symlinks=True)
         privileges.give_tree(folder, self.server.account)
@@ -63,13 +63,15 @@ class Copies:
             wait_for(connection, "select pg_get_wal_replay_pause_state() = 'paused'")
         return copy
 
-    def _archive_to(self, lsn: Lsn) -> None:
+    def _archive(self) -> None:
         with psycopg.connect(self.server.dsn(), autocommit=True) as connection:
+            connection.execute(
+                "select pg_logical_emit_message(true, 'test', 'something to switch away from')"
+            )
             row = connection.execute("select pg_walfile_name(pg_switch_wal())").fetchone()
             assert row is not None
             connection.execute("select pg_logical_emit_message(true, 'test', 'after the switch')")
             wait_for(connection, f"select last_archived_wal >= '{row[0]}' from pg_stat_archiver")
-            assert lsn
 
     def stop(self) -> None:
         for copy in self.made:

@@ -34,6 +34,7 @@ from knockwood.integrity.tables import Sequence, Table, open_pinned, sequences_o
 from knockwood.model import Finding, Location, Lsn, Severity, Verdict, worst
 
 NAME = "compare"
+_FIRST_NORMAL_OID = 16384
 _IN_WORDS = "the copy and the primary do not hold the same at this position"
 _REMEDY = "find out which side is right before you rely on either: knockwood check --cluster on both"
 
@@ -263,7 +264,7 @@ class _Comparer:
         return [
             self._broken(TableState(table), f"table {table.name} is on the copy only", {})
             for oid, table in found.items()
-            if oid not in known
+            if oid not in known and oid >= _FIRST_NORMAL_OID
         ]
 
     def _sequence(self, ours: Sequence, there: dict[str, Sequence]) -> TableResult:

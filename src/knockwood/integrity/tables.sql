@@ -26,6 +26,8 @@ left join pg_catalog.pg_am am on am.oid = c.relam
 where c.relkind in ('r', 'm', 'f')
   and c.relpersistence <> 't'
   and (n.nspname not in ('pg_catalog', 'information_schema', 'pg_toast')
-       or c.oid in ('pg_catalog.pg_largeobject'::pg_catalog.regclass,
-                    'pg_catalog.pg_largeobject_metadata'::pg_catalog.regclass))
+       -- Few roles may read large objects, and few databases have any.
+       or (c.oid in ('pg_catalog.pg_largeobject'::pg_catalog.regclass,
+                     'pg_catalog.pg_largeobject_metadata'::pg_catalog.regclass)
+           and (pg_catalog.has_table_privilege(c.oid, 'select') or pg_catalog.pg_relation_size(c.oid) > 0)))
 order by 2

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html import escape
 from typing import Any, Final
 from xml.sax.saxutils import quoteattr
 
 from knockwood.integrity.compare import Comparison
 from knockwood.integrity.run import Report
-from knockwood.model import Claim, Proof, Verdict
+from knockwood.model import Claim, Finding, Proof, Verdict
 from knockwood.repository.repository import Repository
 
 FOLDER: Final = "proofs/"
@@ -20,6 +21,10 @@ _HEADLINES: Final = {
     Verdict.NOT_CHECKED: "Not everything could be checked",
 }
 _TABLES_SHOWN: Final = 500
+COMPARED: Final = "tables equal to the primary"
+"""The name of the claim that the comparison makes."""
+
+_Parts = tuple[Proof, Report | None, Comparison | None]
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --held: #1a7f37; --broken: #c62828; --not_checked: #9a6700; }
@@ -147,12 +152,63 @@ def _attribute(text: str) -> str:
     return quoteattr(clean)
 
 
-def store(repository: Repository, proof: Proof, report: Report | None, comparison: Comparison | None) -> None:
-    """Write the three objects; the JSON last, since it alone makes the proof count."""
-    name = f"{FOLDER}{proof.id}"
-    value = json.loads(json.dumps(as_json(proof, report, comparison), default=str))
-    repository.storage.put_new(
-        f"{name}.html", [as_html(proof, report, comparison).encode("utf-8", "replace")]
+def without_rows(proof: Proof, report: Report | None, comparison: Comparison | None) -> _Parts:
+    """The same proof with no value of any row in it: findings keep their check, place and severity only."""
+    results = {f"check {result.name}": result.findings for result in report.results} if report else {}
+    if comparison is not None:
+        results[COMPARED] = comparison.findings
+    claims = tuple(
+        replace(claim, detail=f"{len(results[claim.name])} finding(s); the encrypted proof names them")
+        if results.get(claim.name)
+        else claim
+        for claim in proof.claims
     )
-    repository.storage.put_new(f"{name}.xml", [as_junit(proof).encode()])
-    repository.put_json(f"{name}.json", value)
+    bare_report = report and replace(
+        report,
+        results=tuple(
+            replace(result, findings=tuple(_bare(f) for f in result.findings)) for result in report.results
+        ),
+    )
+    bare_comparison = comparison and replace(
+        comparison,
+        tables=tuple(
+            replace(table, findings=tuple(_bare(f) for f in table.findings)) for table in comparison.tables
+        ),
+    )
+    return replace(proof, claims=claims), bare_report, bare_comparison
+
+
+def _bare(finding: Finding) -> Finding:
+    place = finding.location.relation or finding.location.file or finding.location.database or "the cluster"
+    return replace(
+        finding,
+        location=replace(finding.location, key=None),
+        summary=f"{finding.check}: {place}",
+        remedy="the encrypted proof holds the rest",
+        evidence={},
+    )
+
+
+def store(repository: Repository, proof: Proof, report: Report | None, comparison: Comparison | None) -> None:
+    """Write the three objects; the JSON last, since it alone makes the proof count.
+
+    What is not encrypted holds no row data: in a repository that encrypts, JSON and page are stored
+    whole as `<id>.full.json` and `<id>.full.html`, encrypted, and without the values in plain.
+    """
+    name = f"{FOLDER}{proof.id}"
+    parts: _Parts = (proof, report, comparison)
+    if repository.recipients:
+        repository.put(f"{name}.full.html", [_html_bytes(parts)])
+        repository.put(f"{name}.full.json", [json.dumps(_plain(parts), indent=1).encode()])
+        parts = without_rows(*parts)
+    repository.storage.put_new(f"{name}.html", [_html_bytes(parts)])
+    repository.storage.put_new(f"{name}.xml", [as_junit(parts[0]).encode()])
+    repository.put_json(f"{name}.json", _plain(parts))
+
+
+def _html_bytes(parts: _Parts) -> bytes:
+    return as_html(*parts).encode("utf-8", "replace")
+
+
+def _plain(parts: _Parts) -> Any:
+    return json.loads(json.dumps(as_json(*parts), default=str))

@@ -34,7 +34,7 @@ from knockwood.integrity.registry import all_checks
 from knockwood.integrity.run import Report, run_checks
 from knockwood.model import Claim, Lsn, Proof, Verdict, worst
 from knockwood.operations.lag import POLL, ArchiveWatch, commits_between
-from knockwood.operations.proof_pages import store
+from knockwood.operations.proof_pages import COMPARED, store
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import ServerFacts, connect, server_facts, translated
 from knockwood.repository.backups import list_backups
@@ -45,7 +45,7 @@ from knockwood.repository.verify import Verification, verify
 ABOUT_THE_SERVER: Final = frozenset({"backup_age", "configuration", "proof_age", "wal_archive"})
 """Checks that ask how a production server is run; a clone cannot answer them."""
 
-_ATTEMPTS: Final = 20
+_ATTEMPTS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +201,17 @@ class _Run:
     # --- the restore ---------------------------------------------------------------------------------
 
     def _plan(self, state: PrimaryState | None) -> RestorePlan:
-        """The plan; made again while what the archive lists changes under it."""
+        """The plan. Where the archive lists all WAL and yet the plan falls short, it is made again: a partial
+        segment that was listed may have been replaced by a longer one before it was read."""
         self.tell(Step("plan"))
+        plan = self._plan_once(state)
         for _ in range(_ATTEMPTS):
-            plan = self._plan_once(state)
-            if plan.missing is not None or not _too_short(plan, state):
+            if self.missing_commits != 0 or (plan.missing is None and not _too_short(plan, state)):
                 return plan
             clock.sleep(POLL)
+            plan = self._plan_once(state)
+        if plan.missing is not None:
+            return plan
         raise TargetUnreachableError(
             "the archive covers the primary's last commit, but no plan reaches it",
             where=self.repository.storage.url,
@@ -292,7 +296,7 @@ class _Run:
             self._claim(f"check {result.name}", result.verdict, _some(reasons))
 
     def _compare(self, clone: Clone | None, plan: RestorePlan, state: PrimaryState | None) -> None:
-        name = "tables equal to the primary"
+        name = COMPARED
         if clone is None or state is None:
             self._claim(name, Verdict.NOT_CHECKED, self.why_no_primary or "there is no clone")
             return

@@ -9,11 +9,13 @@ import psycopg
 import pytest
 
 from fix_checks import found, silent, subject_of
-from fix_copy import writers
+from fix_copy import Copies, writers
 from fix_server import ServerFactory
-from knockwood.integrity.check import Invariant
+from knockwood.integrity.check import Invariant, Role
+from knockwood.integrity.compare import compare
+from knockwood.integrity.primary_state import primary_state
 from knockwood.integrity.run import run_checks
-from knockwood.model import Finding, Severity, Verdict
+from knockwood.model import Finding, Lsn, Severity, Verdict
 from knockwood.postgres.server import LocalServer
 
 ODD = 'Odd "db" %s'
@@ -121,6 +123,29 @@ def test_all_are_silent_under_writers(server: LocalServer) -> None:
     with writers(server.dsn(ODD), 8, work):
         for _ in range(3):
             silent(server, "sequences", "foreign_keys", "unique_keys", "row_constraints", "constraints")
+
+
+def test_all_are_silent_on_a_clone(new_server: ServerFactory) -> None:
+    """A paused standby: unlogged tables cannot be read there, and nothing can be written."""
+    server = new_server(18, archive_mode="on", segment_megabytes=1)
+    make_odd(server)
+    copies = Copies(server)
+    try:
+        with psycopg.connect(server.dsn(), autocommit=True) as connection:
+            row = connection.execute("select pg_current_wal_insert_lsn()::text").fetchone()
+        assert row is not None
+        clone = copies.at(Lsn.parse(row[0]))
+        silent(clone, *LIGHT, *HEAVY, role=Role.CLONE)
+        report = run_checks(subject_of(clone, role=Role.CLONE), ["configuration", "wal_archive", "proof_age"])
+        assert [result.verdict for result in report.results] == [Verdict.NOT_CHECKED] * 3
+        state = primary_state(server.dsn())
+        result = compare(state, copies.at(state.lsn).dsn(), primary_dsn=server.dsn())
+        assert [finding.summary for finding in result.findings] == []
+        assert [t.table for t in result.tables if t.verdict is not Verdict.HELD] == ["public.fast"]
+        hidden = primary_state(server.dsn(), method="versions")
+        assert compare(hidden, copies.at(hidden.lsn).dsn()).verdict is Verdict.HELD
+    finally:
+        copies.stop()
 
 
 def one(server: LocalServer, name: str, **more: Any) -> Finding:

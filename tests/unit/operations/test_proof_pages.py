@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ElementTree
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
@@ -9,9 +10,11 @@ from html.parser import HTMLParser
 from hypothesis import given
 from hypothesis import strategies as st
 
+from knockwood.integrity.check import CheckResult
 from knockwood.integrity.compare import Comparison, TableResult
-from knockwood.model import Claim, Lsn, Proof, Timeline, Verdict
-from knockwood.operations.proof_pages import as_html, as_json, as_junit
+from knockwood.integrity.run import Report
+from knockwood.model import Claim, Finding, Location, Lsn, Proof, Severity, Timeline, Verdict
+from knockwood.operations.proof_pages import COMPARED, as_html, as_json, as_junit, without_rows
 
 MOMENT = datetime(2026, 11, 21, tzinfo=UTC)
 CLAIMS = st.lists(st.builds(Claim, st.text(), st.sampled_from(Verdict), st.text()))
@@ -79,3 +82,26 @@ def test_no_name_can_put_markup_into_the_page(claims: list[Claim]) -> None:
 def test_a_proof_of_nothing_is_not_checked() -> None:
     assert as_json(proof([]), None, None)["verdict"] == "not_checked"
     assert "Not everything could be checked" in as_html(proof([]), None, None)
+
+
+def test_the_plain_proof_of_an_encrypted_repository_holds_no_row_data() -> None:
+    finding = Finding(
+        "compare",
+        Severity.CRITICAL,
+        Location(database="d", relation="public.t", key="id=secret"),
+        "row id=secret of public.t differs",
+        evidence={"columns": {"note": {"primary": "secret", "copy": "other secret"}}},
+    )
+    table = TableResult("d", "public.t", Verdict.BROKEN, findings=(finding,))
+    report = Report((CheckResult("invariants", (finding,), (), 0.1),))
+    claims = [
+        Claim(COMPARED, Verdict.BROKEN, finding.summary),
+        Claim("check invariants", Verdict.BROKEN, finding.summary),
+        Claim("backups and WAL verified", Verdict.HELD, "3 backups"),
+    ]
+    parts = without_rows(proof(claims), report, Comparison(Lsn(1), (table,), 0.1))
+    told = json.dumps(as_json(*parts)) + as_html(*parts) + as_junit(parts[0])
+    assert "secret" not in told
+    assert "public.t" in told
+    assert "3 backups" in told
+    assert parts[0].verdict is Verdict.BROKEN
