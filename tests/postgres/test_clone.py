@@ -97,7 +97,7 @@ def test_a_clone_follows_a_promotion_to_the_next_timeline(
             assert rows(clone.dsn()) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("version", [17, 18])
+@pytest.mark.parametrize("version", [pytest.param(17, marks=pytest.mark.slow), 18])
 def test_a_clone_of_an_incremental_chain_with_tablespaces(
     new_server: ServerFactory, version: int, shared_folder: Path
 ) -> None:
@@ -144,6 +144,10 @@ def test_wal_that_would_write_over_a_live_tablespace_is_refused(
             spawn(made.repository, made.plan("latest"), purpose="test", registry=made.registry)
         assert made.registry.records() == []
         assert {path.name for path in made.registry.folder.iterdir()} <= {"sweep.lock"}
+        made.backup()
+        made.insert(2)
+        with spawn(made.repository, made.plan("latest"), purpose="test", registry=made.registry) as clone:
+            assert rows(clone.dsn()) == [1, 2]
 
 
 def test_where_postgres_would_promote_in_silence_it_is_told(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,7 @@ from knockwood.clone.recovery import Recovery, UnreadableError
 from knockwood.clone.registry import Entry, Registry, sign
 from knockwood.clone.spool import Spool, refuse_new_tablespaces
 from knockwood.clone.workspace import Workspace
-from knockwood.errors import RefusedError, UnsupportedVersionError, WrongSystemError
+from knockwood.errors import KnockwoodError, RefusedError, UnsupportedVersionError, WrongSystemError
 from knockwood.host import clock, files, privileges, processes
 from knockwood.host.privileges import Account
 from knockwood.model.wal import Lsn
@@ -108,7 +109,13 @@ class Clone:
         files.require_space(self.workspace.root, needed + min(needed, _REPLAY_WAL) + _MARGIN, "the WAL")
         self.spool.fetch_histories(archive, plan.histories)
         self.spool.fetch(archive, plan.wal, workers=workers, progress=progress)
-        refuse_new_tablespaces(self.programs, self.spool.folder, (piece.segment for piece in plan.wal))
+        refuse_new_tablespaces(
+            self.programs,
+            self.spool.folder,
+            (piece.segment for piece in plan.wal),
+            plan.backup.start_lsn,
+            plan.target_lsn or plan.backup.stop_lsn,
+        )
         self.timings.wal = clock.monotonic() - began
 
     def replay(self, progress: Report | None = None) -> Lsn:
@@ -260,7 +267,8 @@ def spawn(
     """
     programs = programs or find_programs(plan.backup.major)
     registry = registry or Registry()
-    registry.sweep()
+    with suppress(KnockwoodError):  # somebody else's leftovers are no reason to fail
+        registry.sweep()
     entry = registry.enter(purpose, into)
     try:
         workspace = Workspace(entry.record.root, account or privileges.server_account())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from knockwood.errors import ObjectMissingError, RefusedError
 from knockwood.host import files, privileges, processes
 from knockwood.host.privileges import Account
-from knockwood.model.wal import Timeline, WalSegment
+from knockwood.model.wal import Lsn, Timeline, WalSegment
 from knockwood.postgres.binaries import Programs
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.model import Progress
@@ -108,15 +108,20 @@ def runs(segments: Iterable[WalSegment]) -> Iterator[tuple[WalSegment, WalSegmen
         yield first, last
 
 
-def refuse_new_tablespaces(programs: Programs, folder: Path, segments: Iterable[WalSegment]) -> None:
-    """Raise RefusedError if the WAL in `folder` creates a tablespace at a path.
+def refuse_new_tablespaces(
+    programs: Programs, folder: Path, segments: Iterable[WalSegment], start: Lsn, end: Lsn
+) -> None:
+    """Raise RefusedError if the WAL in `folder`, from `start` up to `end`, creates a tablespace at a path.
 
     Replay would use that very path: on the machine of the live server it would write over the live
     tablespace, on another it fails. Tablespaces within the data directory have no path and are fine.
     """
     for first, last in runs(segments):
-        command: list[str | Path] = [programs.path("pg_waldump"), "--rmgr=Tablespace", "-p", str(folder)]
-        command += ["-t", str(first.timeline), "-s", str(first.start), "-e", str(last.end)]
+        low, high = max(first.start, start), min(last.end, end)
+        if low >= high:
+            continue
+        command: list[str | Path] = [programs.path("pg_waldump"), "--rmgr=Tablespace", "-p", folder]
+        command += ["-t", str(first.timeline), "-s", str(low), "-e", str(high)]
         # It fails at the end of the WAL or at damage; recovery ends there too.
         out = processes.run(command, env={"LC_ALL": "C", "PATH": os.environ.get("PATH", "")}, check=False).out
         match = _CREATED.search(out)
