@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fix_archive import Archived, new_archive
 from knockwood.host import privileges
-from knockwood.model import WalSegment
+from knockwood.model import Lsn, WalSegment
 from knockwood.postgres.binaries import Programs
 from knockwood.postgres.connection import connect
 from knockwood.postgres.server import LocalServer
@@ -41,12 +41,17 @@ def _archive(made: Archived, ended: threading.Event) -> None:
     done: set[str] = set()
     with connect(made.server.dsn()) as connection:
         while not ended.wait(0.05):
-            row = connection.execute("select pg_walfile_name(pg_current_wal_insert_lsn())").fetchone()
+            # Flushed, not inserted: a segment that is only in the server's buffers is not whole on disk.
+            row = connection.execute("select pg_current_wal_flush_lsn()::text").fetchone()
             assert row is not None
+            flushed = Lsn.parse(row[0])
             for path in sorted((made.server.data_directory / "pg_wal").iterdir()):
-                if len(path.name) == 24 and path.name < row[0] and path.name not in done:
+                if len(path.name) != 24 or path.name in done:
+                    continue
+                segment = WalSegment.parse(path.name, archive.segment_bytes)
+                if segment.end <= flushed:
                     done.add(path.name)
-                    archive.put_segment(WalSegment.parse(path.name, archive.segment_bytes), path)
+                    archive.put_segment(segment, path)
 
 
 def backed_up(made: Archived, *, incremental: bool = False, **effort: object) -> Backup:
