@@ -181,11 +181,10 @@ class _Run:
 
     def _marked(self, dsn: str, archive: ArchiveWatch, lsn: Lsn) -> None:
         archive.begin(lsn)
-        # An archive_command gets whole segments only: an idle server would keep the last one.
+        # An archive_command gets whole segments only, and a receiver may wait for the end of one: on an idle
+        # server the last commits would stay there.
         with contextlib.suppress(KnockwoodError), connect(dsn) as connection, translated():
-            connection.execute(
-                "select pg_catalog.pg_switch_wal() where pg_catalog.current_setting('archive_mode') <> 'off'"
-            )
+            connection.execute("select pg_catalog.pg_switch_wal()")
 
     def _start(self) -> Lsn:
         """Where the WAL must begin that the newest backup, or the one asked for, needs."""
