@@ -116,7 +116,9 @@ def kill_clones(made: Protected, kills: int) -> None:
         swept = registry.sweep()
         assert swept == records
         assert registry.records() == []
-        assert [path.name for path in registry.folder.iterdir()] == ["sweep.lock"]
+        # A file that was being written when it died is removed by a later sweep.
+        left_over = {path.name for path in registry.folder.iterdir() if not path.name.startswith(".tmp-")}
+        assert left_over == {"sweep.lock"}
         assert servers_below(state) == []
         assert not [record for record in records if record.socket_directory.exists()]
     assert left > 0

@@ -13,6 +13,7 @@ import secrets
 import signal
 import stat
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +28,9 @@ from knockwood.host.processes import ProcessIdentity
 from knockwood.host.state import state_folder
 
 _MARK = "knockwood-clone.json"
+_SWEEP = "sweep.lock"
 _STOP_SECONDS = 10.0
+_WRITING_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +134,10 @@ class Registry:
         if not self.folder.is_dir():
             return []
         try:
-            with file_lock(self.folder / "sweep.lock", "sweep"):
-                return [record for record in self.records() if self._sweep_one(record)]
+            with file_lock(self.folder / _SWEEP, "sweep"):
+                swept = [record for record in self.records() if self._sweep_one(record)]
+                self._tidy()
+                return swept
         except LockHeldError:
             return []
 
@@ -154,6 +159,20 @@ class Registry:
             return True
         finally:
             os.close(handle)
+
+    def _tidy(self) -> None:
+        """Remove what processes left that died while they wrote a clone down."""
+        for path in self.folder.glob("*.lock"):
+            if path.name == _SWEEP or path.with_suffix(".json").exists():
+                continue
+            handle = self._lock(path.stem)
+            if handle is not None:
+                path.unlink(missing_ok=True)
+                os.close(handle)
+        for path in self.folder.glob(".tmp-*"):
+            with suppress(FileNotFoundError):
+                if clock.now().timestamp() - path.stat().st_mtime > _WRITING_SECONDS:
+                    path.unlink()
 
     def _lock(self, id: str) -> int | None:
         """Hold a clone's lock: the handle to close, or None if somebody else has it."""

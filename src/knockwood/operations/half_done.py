@@ -84,13 +84,13 @@ def begin(
     with files.translated(into):
         if into.exists():
             _make_way(into, again)
-        files.make_folder(into, 0o711)
         if tablespaces is not None and tablespaces.exists() and any(tablespaces.iterdir()):
             raise DirectoryNotEmptyError(
                 "the folder for tablespaces is not empty",
                 where=str(tablespaces),
                 hint="name one that does not exist yet with --tablespaces",
             )
+        files.make_folder(into, 0o711)
         try:
             work.mkdir(0o711)
         except FileExistsError:
@@ -139,6 +139,14 @@ def discard(into: Path) -> None:
             if entry.name != _MARKER:
                 _remove(entry)
         files.remove_tree(into / WORK)
+
+
+def abandon(into: Path, *, existed: bool) -> None:
+    """After a failure: remove what this restore left, unless its last step was done already."""
+    if not (into / _LAST).exists():
+        discard(into)
+        if not existed:
+            into.rmdir()
 
 
 def _make_way(into: Path, again: bool) -> None:

@@ -6,7 +6,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from knockwood.clone import goal as goals
@@ -92,44 +92,27 @@ def restore(
         accept_loss=accept_loss,
         programs_for=programs_for,
     )
-    programs = programs_for(plan.backup.major)
-    if plan.backup.tablespaces and tablespaces is None:
-        tablespaces = into.with_name(f"{into.name}-tablespaces")
-    elif not plan.backup.tablespaces:
-        tablespaces = None
+    place = (tablespaces or into.with_name(f"{into.name}-tablespaces")) if plan.backup.tablespaces else None
     existed = into.exists()
     sockets = Path(tempfile.gettempdir()) / f"kw-{secrets.token_hex(4)}"
     work = half_done.begin(
-        into, str(target), account=account, tablespaces=tablespaces, sockets=sockets, again=again
+        into, str(target), account=account, tablespaces=place, sockets=sockets, again=again
     )
     try:
         require_room(into, plan)
         workspace = Workspace(work / "cluster", account)
         workspace.create()
+        programs = programs_for(plan.backup.major)
         clone = make(repository, plan, workspace, programs, sockets, "promote" if promote else "fail")
         try:
-            outcome = _bring_up(clone, into, tablespaces, promote, progress, workers)
+            outcome = _bring_up(clone, into, place, promote, progress, workers)
         finally:
             clone.server.stop("immediate")
         half_done.finish(into, workspace.data)
     except BaseException:
-        half_done.discard(into)
-        if not existed:
-            into.rmdir()
+        half_done.abandon(into, existed=existed)
         raise
-    reached, own_timeline, warnings = outcome
-    return RestoreOutcome(
-        into=into,
-        reached_lsn=reached,
-        last_commit=plan.last_commit,
-        plan=plan,
-        timeline=own_timeline,
-        promoted=promote,
-        seconds=clock.monotonic() - began,
-        timings=clone.timings,
-        how_to_start=_how_to_start(into, programs, account, promote),
-        warnings=(*plan.warnings, *warnings),
-    )
+    return replace(outcome, seconds=clock.monotonic() - began)
 
 
 def _bring_up(
@@ -139,8 +122,9 @@ def _bring_up(
     promote: bool,
     progress: Callable[[Progress], None] | None,
     workers: int,
-) -> tuple[Lsn, Timeline, list[str]]:
+) -> RestoreOutcome:
     """Fetch, replay to the target, promote or not, shut down, and leave the data directory as its user's."""
+    began = clock.monotonic()
     place = tablespaces or clone.workspace.tablespaces
     fetch(clone, "restore", tablespaces=place, progress=progress, workers=workers)
     # Nothing may be lost by a crash once the restore is complete: all is flushed at the end, at once.
@@ -156,7 +140,18 @@ def _bring_up(
     _settle(clone, into, timeline, promote)
     warnings += _complete_configuration(clone)
     _flush(clone)
-    return reached, timeline, warnings
+    return RestoreOutcome(
+        into=into,
+        reached_lsn=reached,
+        last_commit=clone.plan.last_commit,
+        plan=clone.plan,
+        timeline=timeline,
+        promoted=promote,
+        seconds=clock.monotonic() - began,
+        timings=clone.timings,
+        how_to_start=_how_to_start(into, clone.programs, clone.workspace.account, promote),
+        warnings=(*clone.plan.warnings, *warnings),
+    )
 
 
 def _reserve_timelines(clone: Clone) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from knockwood.clone.registry import Registry
 from knockwood.clone.spawn import Clone, spawn
-from knockwood.errors import DirectoryNotEmptyError, ObjectDamagedError, RefusedError
+from knockwood.errors import ObjectDamagedError, RefusedError
 from knockwood.host import clock, files, processes
 from knockwood.model import Lsn
 from knockwood.operations.table_definition import (
@@ -72,46 +72,43 @@ def restore_table(
     if (live_dsn is None) == (file is None):
         raise RefusedError("a table goes either into the live cluster or into a file")
     if file is not None and file.exists():
-        raise DirectoryNotEmptyError(
+        raise RefusedError(
             "the file exists already", where=str(file), hint="name one that does not exist yet"
         )
     began = clock.monotonic()
     plan = resolve(repository, target, backup=backup, accept_loss=accept_loss, programs_for=programs_for)
     name = _copy_name(table.table)
-    outcome = TableOutcome(
-        table, str(file) if file else f"{SCHEMA}.{name}", False, _steps(plan, table, name, file), plan
-    )
+    place = str(file) if file else f"{SCHEMA}.{name}"
+    outcome = TableOutcome(table, place, False, _steps(plan, table, name, file), plan)
     if not apply:
         return outcome
-    programs = programs_for(plan.backup.major)
-    purpose = f"restore of table {table}"
-    with (
-        spawn(
-            repository, plan, programs=programs, purpose=purpose, progress=progress, registry=registry
-        ) as clone,
-        connect(clone.dsn(table.database)) as source,
-    ):
+    with spawn(
+        repository,
+        plan,
+        programs=programs_for(plan.backup.major),
+        purpose=f"restore of table {table}",
+        progress=progress,
+        registry=registry,
+    ) as clone:
+        done = _bring_back(clone, outcome, name, live_dsn, file)
+    return replace(done, seconds=clock.monotonic() - began)
+
+
+def _bring_back(
+    clone: Clone, outcome: TableOutcome, name: str, live_dsn: str | None, file: Path | None
+) -> TableOutcome:
+    table = outcome.table
+    with connect(clone.dsn(table.database)) as source:
         pin(source)
         definition = read_definition(source, table)
-        count, total = fingerprint(source, definition, definition.source)
+        expected = fingerprint(source, definition, definition.source)
         if file is not None:
             _dump(clone, table, file)
-        else:
-            assert live_dsn is not None
+        if live_dsn is not None:
             with connect(with_words(live_dsn, dbname=table.database)) as live:
-                _load(source, live, definition, name, (count, total), _comment(table, clone))
-        left_out = definition.left_out if file is None else ()
-        return TableOutcome(
-            table,
-            outcome.destination,
-            True,
-            outcome.steps,
-            plan,
-            clone.reached_lsn,
-            count,
-            left_out,
-            clock.monotonic() - began,
-        )
+                _load(source, live, definition, name, expected, _comment(table, clone))
+    left_out = definition.left_out if file is None else ()
+    return replace(outcome, applied=True, reached_lsn=clone.reached_lsn, rows=expected[0], left_out=left_out)
 
 
 def _copy_name(table: str) -> str:

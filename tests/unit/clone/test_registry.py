@@ -72,6 +72,20 @@ def test_a_folder_that_is_not_signed_is_not_ours(tmp_path: Path) -> None:
     assert registry.records() == []
 
 
+def test_what_died_while_it_was_written_down_is_tidied_up(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    entry = registry.enter("mine")
+    (registry.folder / "20260101T000000Z-dead.lock").touch()
+    old, young = registry.folder / ".tmp-old", registry.folder / ".tmp-young"
+    old.touch()
+    young.touch()
+    os.utime(old, (0, 0))
+    registry.sweep()
+    names = {path.name for path in registry.folder.iterdir()}
+    assert names == {f"{entry.record.id}.json", f"{entry.record.id}.lock", "sweep.lock", ".tmp-young"}
+    entry.close()
+
+
 def test_a_record_survives_its_json(tmp_path: Path) -> None:
     entry = Registry(tmp_path).enter("purpose")
     assert Record.from_json(json.loads(json.dumps(entry.record.as_json()))) == entry.record
