@@ -76,6 +76,8 @@ def fill(source: Source) -> None:
         CREATE TABLE accounts (id integer PRIMARY KEY, amount bigint NOT NULL DEFAULT 0);
         INSERT INTO accounts SELECT n FROM generate_series(1, {ACCOUNTS}) n;
         CREATE TABLE commits (n integer PRIMARY KEY, payload text)""")
+    # Nothing may write the resting pages again: a full page in the WAL would mend a damaged one.
+    source.ask("VACUUM (FREEZE) ledger")
     source.ask("CHECKPOINT")
     source.ask("SELECT pg_switch_wal()")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import subprocess
 import threading
@@ -63,10 +64,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One command that ran to its end."""
+    """One command that ran to its end; `processor` is seconds of all its processes."""
 
     said: Said
     memory: Memory
+    processor: float
 
     @property
     def seconds(self) -> float:
@@ -120,6 +122,7 @@ def measured(
 ) -> Measured:
     """Run a command that must succeed; raises RuntimeError with what it printed if it does not."""
     words = [str(word) for word in command]
+    used = _children_seconds()
     begun = time.monotonic()
     child = processes.start(
         words, account=account, env=environment(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -137,7 +140,13 @@ def measured(
     )
     if not said.ok:
         raise RuntimeError(f"status {said.status}: {said.command}\n" + "\n".join(said.lines(30)))
-    return Measured(said, memory)
+    return Measured(said, memory, _children_seconds() - used)
+
+
+def _children_seconds() -> float:
+    # Those that were waited for, and what they had waited for themselves.
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def alternating(
@@ -154,6 +163,10 @@ def alternating(
 
 def seconds_of(runs: Iterable[Measured]) -> Series:
     return Series(tuple(run.seconds for run in runs))
+
+
+def processor_of(runs: Iterable[Measured]) -> Series:
+    return Series(tuple(run.processor for run in runs))
 
 
 def peak_of(runs: Iterable[Measured]) -> Memory:

@@ -37,7 +37,7 @@ from gap_tools import Source, Tool
 from knockwood.host import privileges
 from knockwood.postgres.binaries import Programs
 from machine import describe
-from sandbox import OUT, new_server, say, system_programs, work_folder
+from sandbox import OUT, end_cleanly, new_server, say, system_programs, work_folder
 
 EXIT_OK, EXIT_BROKEN, EXIT_NOT_CHECKED = 0, 1, 2
 TOOLS = ("Knockwood", "pgBackRest", "Barman")
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keys = [damage.key for damage in DAMAGES]
     parser.add_argument("--damages", nargs="+", choices=keys, default=keys, help="only these rows")
     given = parser.parse_args(arguments)
+    end_cleanly()
     damages = [damage for damage in DAMAGES if damage.key in given.damages]
     programs = system_programs(given.postgres)
     run = run_everything(programs, given.tools, damages)
@@ -129,7 +130,13 @@ def cluster(programs: Programs, work: Path) -> Iterator[Source]:
     """A cluster with an archive_command that is set once the tools are known."""
     account = privileges.server_account()
     work.chmod(0o755)
-    settings = {"wal_level": "replica", "max_wal_senders": "10", "archive_mode": "on", "fsync": "off"}
+    settings = {
+        "wal_level": "replica",
+        "max_wal_senders": "10",
+        "archive_mode": "on",
+        "fsync": "off",
+        "autovacuum": "off",
+    }
     server = new_server(programs, work / "pg", account, settings)
     try:
         yield Source(programs, account, work, server)

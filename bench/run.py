@@ -17,7 +17,7 @@ from knockwood import __version__
 from knockwood.host import privileges
 from knockwood.postgres.binaries import Programs
 from machine import describe, load
-from sandbox import OUT, say, system_programs, work_folder
+from sandbox import OUT, end_cleanly, say, system_programs, work_folder
 from speed_sections import Section
 from speed_site import Options, Site, site
 
@@ -36,6 +36,7 @@ SMALL_SCALE = 10
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parse(arguments)
+    end_cleanly()
     options = Options(given.scale, given.runs, given.seconds, given.clients, given.wal_segments)
     programs = system_programs(given.postgres)
     begun = load()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,11 @@ class Said:
 def say(text: str) -> None:
     """Progress for whoever waits, apart from the result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def end_cleanly() -> None:
+    """Let SIGTERM unwind as Ctrl-C does, so that servers end and folders go."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def ask(
