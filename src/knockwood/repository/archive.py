@@ -7,7 +7,7 @@ position or of another size is refused, so that no later restore has to find out
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from knockwood.repository.inventory import (
     segment_object,
 )
 from knockwood.repository.repository import Repository
+from knockwood.repository.storage import ObjectInfo
 from knockwood.repository.walfile import check_header
 
 
@@ -146,12 +147,25 @@ class WalArchive:
 
     # --- out --------------------------------------------------------------------------------------
 
+    def listing(self) -> dict[str, ObjectInfo]:
+        """Every object of the archive, by name.
+
+        Partial segments are listed first: one that a receiver replaces meanwhile is then found as the
+        whole segment or as the longer partial, so that a moving archive never shows a hole or an early end.
+        """
+        partials = {info.name: info for info in self.repository.storage.list("wal/partial/")}
+        return partials | {info.name: info for info in self.repository.storage.list("wal/")}
+
     def inventory(self) -> ArchiveInventory:
         """What the archive lists now. Histories are read once per WalArchive; they never change.
 
         Raises ObjectDamagedError for a history that cannot be read.
         """
-        names = [info.name for info in self.repository.storage.list("wal/")]
+        return self.inventory_of(self.listing())
+
+    def inventory_of(self, names: Iterable[str]) -> ArchiveInventory:
+        """The inventory that a listing makes."""
+        names = list(names)
         histories = {}
         for name in names:
             digits = name.removeprefix("wal/history/").split(".", 1)[0]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from knockwood.errors import UsageError
+from knockwood.errors import StorageUnavailableError, TargetUnreachableError, UsageError
 from knockwood.model.wal import Lsn, Timeline
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.repository import proved
@@ -32,6 +32,7 @@ from knockwood.repository.plans import (
 from knockwood.repository.repository import Repository
 from knockwood.repository.walk import workplace
 
+_ATTEMPTS = 10
 _BEFORE = re.compile(r"before[-:](?:xid[-:])?(\d+)\Z", re.IGNORECASE)
 
 
@@ -102,17 +103,80 @@ def resolve(
     the target cannot be reached and `accept_loss` is not given, or where nothing can be restored at all;
     ObjectMissingError for an unknown backup; ProgramsMissingError, WrongKeyError.
     """
-    backups = list_backups(repository)
-    inventory = WalArchive(repository).inventory()
-    listing = {info.name: info for info in repository.storage.list("wal/")}
-    state = proved.load(repository, repository.storage.list(proved.FOLDER))
-    with workplace() as folder:
+    for _ in range(_ATTEMPTS):
+        asked = _Question(repository, target, backup, timeline, accept_loss, programs_for, progress)
+        try:
+            plan = asked.answer()
+        except TargetUnreachableError:
+            if not asked.overtaken():
+                raise
+        else:
+            if not (asked.broken and asked.overtaken()):
+                return plan
+    raise StorageUnavailableError(
+        "the archive changed faster than it could be read",
+        where=repository.storage.url,
+        hint="try again; is the storage very slow?",
+    )
 
-        def lookup(major: int) -> ArchiveReader:
-            programs = programs_for(major)
-            return ArchiveReader(repository, inventory, listing, programs, folder, state, progress)
 
-        return choose(Choice(target, backups, inventory, timeline, backup, accept_loss), lookup)
+class _Question:
+    """One look at an archive that may be written to meanwhile."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        target: Target,
+        backup: str | None,
+        timeline: Timeline | None,
+        accept_loss: bool,
+        programs_for: Callable[[int], Programs],
+        progress: Progress | None,
+    ) -> None:
+        self._repository = repository
+        self._programs_for = programs_for
+        self._progress = progress
+        backups = list_backups(repository)
+        archive = WalArchive(repository)
+        self._listing = archive.listing()
+        self._inventory = archive.inventory_of(self._listing)
+        self._choice = Choice(target, backups, self._inventory, timeline, backup, accept_loss)
+        self._readers: list[ArchiveReader] = []
+
+    @property
+    def broken(self) -> bool:
+        """Whether some WAL that was listed could not be read."""
+        return any(reader.breaks for reader in self._readers)
+
+    def answer(self) -> RestorePlan:
+        state = proved.load(self._repository, self._repository.storage.list(proved.FOLDER))
+        with workplace() as folder:
+
+            def lookup(major: int) -> ArchiveReader:
+                programs = self._programs_for(major)
+                self._readers.append(
+                    ArchiveReader(
+                        self._repository,
+                        self._inventory,
+                        self._listing,
+                        programs,
+                        folder,
+                        state,
+                        self._progress,
+                    )
+                )
+                return self._readers[-1]
+
+            return choose(self._choice, lookup)
+
+    def overtaken(self) -> bool:
+        """Whether something listed was replaced by something longer while it was read.
+
+        A receiver deletes a partial segment once a longer one is stored. Read as the end of the archive,
+        that would end a restore early and in silence.
+        """
+        now = {info.name for info in self._repository.storage.list("wal/partial/")}
+        return any(name.startswith("wal/partial/") and name not in now for name in self._listing)
 
 
 __all__ = [

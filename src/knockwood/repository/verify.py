@@ -161,7 +161,9 @@ class _Run:
         self._progress = progress or (lambda what, done, total: None)
         self._begun = clock.monotonic()
         self._moment = clock.now()
-        self._listing = {info.name: info for info in repository.storage.list("")}
+        # The WAL's partial segments first, for the reason that WalArchive.listing gives.
+        self._listing = WalArchive(repository).listing()
+        self._listing |= {info.name: info for info in repository.storage.list("")}
         known = proved.load(repository, self._listing.values())
         current = known.current(self._listing)
         due = set(current.objects) if full else current.oldest(rotate_fraction)
