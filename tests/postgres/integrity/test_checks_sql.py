@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -11,11 +14,13 @@ import pytest
 from fix_checks import found, silent, subject_of
 from fix_copy import Copies, writers
 from fix_server import ServerFactory
+from knockwood.host import privileges
 from knockwood.integrity.check import Invariant, Role
 from knockwood.integrity.compare import compare
 from knockwood.integrity.primary_state import primary_state
 from knockwood.integrity.run import run_checks
 from knockwood.model import Finding, Lsn, Severity, Verdict
+from knockwood.postgres.binaries import Programs
 from knockwood.postgres.server import LocalServer
 
 ODD = 'Odd "db" %s'
@@ -96,9 +101,42 @@ def execute(server: LocalServer, sql: str, database: str = ODD) -> None:
         connection.execute(sql.encode())
 
 
+@pytest.fixture(scope="module")
+def shared(
+    shared_folder: Path,
+    templates: Callable[[int, int], Path],
+    installations: dict[int, Programs],
+) -> Iterator[LocalServer]:
+    """One server for the tests that change nothing outside their database."""
+    account = privileges.server_account()
+    folder = shared_folder / "checks-sql"
+    folder.mkdir()
+    privileges.give(folder, account)
+    shutil.copytree(templates(18, 16), folder / "data", symlinks=True)
+    privileges.give_tree(folder / "data", account)
+    server = LocalServer(
+        installations[18], folder / "data", account=account, settings={"fsync": "off", "autovacuum": "off"}
+    )
+    with server:
+        make_odd(server)
+        execute(server, 'alter database "Odd ""db"" %s" rename to healthy', "postgres")
+        execute(server, "alter database healthy allow_connections false", "postgres")
+        yield server
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture
-def server(new_server: ServerFactory) -> LocalServer:
-    server = new_server(18, max_prepared_transactions="5")
+def server(shared: LocalServer) -> Iterator[LocalServer]:
+    """The shared server with a healthy database of the test's own."""
+    execute(shared, 'create database "Odd ""db"" %s" template healthy', "postgres")
+    yield shared
+    execute(shared, 'drop database "Odd ""db"" %s" with (force)', "postgres")
+
+
+@pytest.fixture
+def alone(new_server: ServerFactory) -> LocalServer:
+    """A server of the test's own."""
+    server = new_server(18)
     make_odd(server)
     return server
 
@@ -204,7 +242,10 @@ def test_what_is_switched_off_is_found(
     server: LocalServer, damage: str, severity: Severity, words: str
 ) -> None:
     execute(server, damage)
-    findings = found(server, "constraints")
+    try:
+        findings = found(server, "constraints")
+    finally:
+        execute(server, "alter role postgres reset all")
     assert {finding.severity for finding in findings} == {severity}
     assert all(words in finding.summary for finding in findings)
 
@@ -266,9 +307,9 @@ def test_invalid_indexes_are_found(server: LocalServer) -> None:
     assert finding.evidence["indisunique"]
 
 
-def test_changed_collation_versions_are_found(server: LocalServer) -> None:
-    execute(server, "update pg_database set datcollversion = '0.9' where datname = 'postgres'", "postgres")
-    finding = one(server, "collations")
+def test_changed_collation_versions_are_found(alone: LocalServer) -> None:
+    execute(alone, "update pg_database set datcollversion = '0.9' where datname = 'postgres'", "postgres")
+    finding = one(alone, "collations")
     assert finding.location.database == "postgres"
     assert finding.evidence["recorded"] == "0.9"
 
@@ -299,22 +340,22 @@ def test_invariants_answer_each_for_itself(server: LocalServer) -> None:
     execute(server, "select count(*) from parent")
 
 
-def test_an_unreadable_database_is_not_checked(server: LocalServer) -> None:
-    execute(server, "create role limited login; revoke connect on database postgres from public", "postgres")
-    subject = replace(subject_of(server), dsn=server.dsn(ODD, user="limited"))
+def test_an_unreadable_database_is_not_checked(alone: LocalServer) -> None:
+    execute(alone, "create role limited login; revoke connect on database postgres from public", "postgres")
+    subject = replace(subject_of(alone), dsn=alone.dsn(ODD, user="limited"))
     [result] = run_checks(subject, ["sequences"]).results
     assert result.verdict is Verdict.NOT_CHECKED
     assert any("postgres" in gap.reason for gap in result.not_checked)
 
 
-def test_rows_hidden_by_row_security_are_not_called_healthy(server: LocalServer) -> None:
+def test_rows_hidden_by_row_security_are_not_called_healthy(alone: LocalServer) -> None:
     execute(
-        server,
+        alone,
         """create role limited login; grant usage on schema public to limited;
         grant select on all tables in schema public to limited;
         alter table simple enable row level security""",
     )
-    subject = replace(subject_of(server), dsn=server.dsn(ODD, user="limited"))
+    subject = replace(subject_of(alone), dsn=alone.dsn(ODD, user="limited"))
     [result] = run_checks(subject, ["foreign_keys"]).results
     assert any("simple" in gap.reason for gap in result.not_checked)
 

@@ -63,9 +63,12 @@ def churn(connection: psycopg.Connection[tuple[object, ...]], turn: int) -> None
             connection.execute("update parts set v = v || '.', k = k + 1000000 where k = %s", [key])
 
 
-@pytest.fixture(params=["logical", "replica"])
+BOTH = pytest.mark.parametrize("primary", ["logical", "replica"], indirect=True)
+
+
+@pytest.fixture
 def primary(request: pytest.FixtureRequest, new_server: ServerFactory) -> LocalServer:
-    return prepared(new_server, request.param)
+    return prepared(new_server, getattr(request, "param", "logical"))
 
 
 def prepared(new_server: ServerFactory, level: str, major: int = 18) -> LocalServer:
@@ -104,11 +107,13 @@ def prove_equal(server: LocalServer, copies: Copies, rounds: int) -> None:
         copy.stop("immediate")
 
 
+@BOTH
 def test_no_false_difference_under_writers(primary: LocalServer, copies: Copies) -> None:
     with writers(primary.dsn(), 8, churn), writers(primary.dsn('Second "db"'), 4, churn):
         prove_equal(primary, copies, rounds=1)
 
 
+@BOTH
 @pytest.mark.slow
 def test_no_false_difference_under_sixteen_writers(primary: LocalServer, copies: Copies) -> None:
     with writers(primary.dsn(), 16, churn):
@@ -172,6 +177,7 @@ def test_one_changed_byte_is_named_under_writers(new_server: ServerFactory) -> N
         copies.stop()
 
 
+@BOTH
 def test_a_lost_row_a_lost_table_and_a_sequence_behind(primary: LocalServer, copies: Copies) -> None:
     """The primary has what was committed after the copy's position: all of it is told."""
     dsn = primary.dsn()

@@ -23,11 +23,11 @@ from knockwood.repository.targets import Latest
 CHECKS = ("sequences", "foreign_keys", "invariants", "unique_keys")
 
 
-@pytest.fixture(params=["replica", "logical"])
+@pytest.fixture
 def shop(
     request: pytest.FixtureRequest, new_server: ServerFactory, shared_folder: Path
 ) -> Iterator[Protected]:
-    server = new_server(18, segment_megabytes=1, wal_level=request.param)
+    server = new_server(18, segment_megabytes=1, wal_level=getattr(request, "param", "replica"))
     with protected(server, shared_folder / f"prove-{abs(hash(request.node.nodeid)):x}") as made:
         made.execute("insert into t select generate_series(1, 1000)")
         made.backup()
@@ -55,6 +55,7 @@ def stored(shop: Protected, proof: Proof, ending: str) -> str:
     return b"".join(shop.repository.storage.read(f"proofs/{proof.id}.{ending}")).decode()
 
 
+@pytest.mark.parametrize("shop", ["replica", "logical"], indirect=True)
 def test_a_proof_under_writers_holds(shop: Protected) -> None:
     def work(connection: psycopg.Connection[tuple[object, ...]], turn: int) -> None:
         connection.execute("insert into t values (%s)", [turn + 100_000])
