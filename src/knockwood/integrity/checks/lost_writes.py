@@ -6,17 +6,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from knockwood.integrity.budget import pace
 from knockwood.integrity.catalog import Names, stake
 from knockwood.integrity.check import NotChecked, Outcome, Subject, Weight
-from knockwood.integrity.page_audit import Deviation, Expectation, Expectations, Fork, explained, judge
+from knockwood.integrity.page_audit import Deviation, Expectations, Fork, explained, judge
 from knockwood.integrity.relation_files import DataFiles, RelationFile, data_files, listing
 from knockwood.integrity.staged_wal import StagedWal, staged_wal
 from knockwood.model import Finding, Lsn, Severity
 from knockwood.postgres import walrefs
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import translated
-from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES, bad_pages, decode_header
+from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES, bad_pages
 
 LOOK_BACK_BYTES: Final = 1 << 30
 """WAL one run reads back from the last checkpoint."""
@@ -66,10 +69,11 @@ def _redo(subject: Subject) -> Lsn:
 
 
 def _now(subject: Subject) -> Lsn:
+    """The end of the WAL that is on disk: no page there is younger, no truncation was made without it."""
     with subject.connect() as connection, translated():
         row = connection.execute(
             "select case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn()"
-            " else pg_catalog.pg_current_wal_insert_lsn() end::text"
+            " else pg_catalog.pg_current_wal_flush_lsn() end::text"
         ).fetchone()
     assert row is not None
     return Lsn.parse(row[0])
@@ -83,8 +87,11 @@ def _hints_are_logged(subject: Subject) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Page:
+    """A page as read: `lsn` is None for one that is zero or missing."""
+
     block: int
-    image: bytes  # empty beyond the end of the file
+    lsn: Lsn | None
+    missing: bool
 
 
 class _Audit:
@@ -118,23 +125,14 @@ class _Audit:
             if segments is None:  # dropped since, or lost: segment_files compares with pg_class
                 continue
             pace(self.subject)
-            pages = list(_pages(self.data, segments, sorted(blocks)))
+            pages = list(_pages(self.data, segments, sorted(blocks), self.subject.facts.checksums))
             now = _now(self.subject)
+            until = self.wal.end if final else Lsn(0)
             for page in pages:
-                deviation = self._judge(fork, page, blocks[page.block], now, final)
+                deviation = judge(fork, page.block, blocks[page.block], page.lsn, page.missing, until, now)
                 if deviation is not None:
                     found.append(deviation)
         return found
-
-    def _judge(
-        self, fork: Fork, page: _Page, expected: Expectation, now: Lsn, final: bool
-    ) -> Deviation | None:
-        if page.image and bad_pages(page.image, page.block, self.subject.facts.checksums):
-            return None  # page_checksums names it
-        missing = len(page.image) < PAGE_BYTES
-        lsn = None if missing or not any(page.image) else decode_header(page.image).lsn
-        until = self.wal.end if final else Lsn(0)
-        return judge(fork, page.block, expected, lsn, missing, until, now)
 
     def _confirmed(self, suspects: list[Deviation]) -> Iterator[Outcome]:
         """A truncated or dropped table explains missing and zero pages, also one of a moment ago."""
@@ -203,8 +201,10 @@ def _by_fork(files: list[RelationFile]) -> dict[Fork, dict[int, RelationFile]]:
     return found
 
 
-def _pages(data: DataFiles, segments: dict[int, RelationFile], blocks: list[int]) -> Iterator[_Page]:
-    """The pages of these blocks (sorted), neighbours read together."""
+def _pages(
+    data: DataFiles, segments: dict[int, RelationFile], blocks: list[int], checksums: bool
+) -> Iterator[_Page]:
+    """The pages of these blocks (sorted), neighbours read together; page_checksums names the unreadable."""
     run: list[int] = []
     for block in blocks:
         together = (
@@ -214,23 +214,33 @@ def _pages(data: DataFiles, segments: dict[int, RelationFile], blocks: list[int]
             and block // SEGMENT_PAGES == run[0] // SEGMENT_PAGES
         )
         if run and not together:
-            yield from _run(data, segments, run)
+            yield from _run(data, segments, run, checksums)
             run = []
         run.append(block)
     if run:
-        yield from _run(data, segments, run)
+        yield from _run(data, segments, run, checksums)
 
 
-def _run(data: DataFiles, segments: dict[int, RelationFile], run: list[int]) -> Iterator[_Page]:
+def _run(
+    data: DataFiles, segments: dict[int, RelationFile], run: list[int], checksums: bool
+) -> Iterator[_Page]:
     # A segment may have come since the listing: its name follows from the first one's.
     segment, first = divmod(run[0], SEGMENT_PAGES)
     some = segments[min(segments)]
     suffix = "" if some.fork == "main" else f"_{some.fork}"
     path = f"{some.relation_path}{suffix}" + (f".{segment}" if segment else "")
     image = data.read(path, first * PAGE_BYTES, (run[-1] - run[0] + 1) * PAGE_BYTES)
+    whole = memoryview(image)[: len(image) - len(image) % PAGE_BYTES]
+    bad = {block for block, _ in bad_pages(whole, run[0], checksums)}
+    words = np.frombuffer(whole, "<u4").reshape(-1, PAGE_BYTES // 4)
+    used: NDArray[np.bool_] = np.any(words, axis=1)
     for block in run:
-        start = (block - run[0]) * PAGE_BYTES
-        yield _Page(block, image[start : start + PAGE_BYTES])
+        at = block - run[0]
+        if at >= len(words):
+            yield _Page(block, None, True)
+        elif block not in bad:
+            lsn = Lsn(int(words[at, 0]) << 32 | int(words[at, 1])) if used[at] else None
+            yield _Page(block, lsn, False)
 
 
 CHECK = LostWrites()
