@@ -145,6 +145,16 @@ def drop_entry(data_directory: Path, path: str, block: int) -> Change:
     return _write_block(data_directory, "drop_entry", path, block, sealed(page, block))
 
 
+def swap_items(data_directory: Path, path: str, block: int) -> Change:
+    """The page's last two items change places, so that an index is out of order; checksum valid."""
+    page = bytearray(read_block(data_directory, path, block))
+    (lower,) = struct.unpack_from("<H", page, 12)
+    if lower < 32:
+        raise HostError(f"block {block} has no two items", where=path)
+    page[lower - 8 : lower] = page[lower - 4 : lower] + page[lower - 8 : lower - 4]
+    return _write_block(data_directory, "swap_items", path, block, sealed(page, block))
+
+
 def shrink_brin_range(data_directory: Path, path: str, block: int, item: int = 0) -> Change:
     """The range of a BRIN minmax summary on one int4 column shrinks to its minimum; checksum valid."""
     page = bytearray(read_block(data_directory, path, block))

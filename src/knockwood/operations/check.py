@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from knockwood.clone.spawn import spawn
 from knockwood.errors import KnockwoodError, RepositoryError
-from knockwood.integrity.check import Budget, CheckResult, NotChecked, Role, Weight
+from knockwood.integrity.check import Budget, CheckResult, NotChecked, Weight
 from knockwood.integrity.registry import select
 from knockwood.integrity.run import CheckProgress, Report, run_checks
 from knockwood.operations.cluster import Cluster
-from knockwood.postgres.connection import connect, server_facts
+from knockwood.operations.examination import examine
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, resolve
 
@@ -67,16 +66,15 @@ def _on_clone(
     except KnockwoodError as error:
         return _not_checked(names, f"no clone could be made: {error}")
     with clone:
-        with connect(clone.dsn("postgres")) as connection:
-            facts = server_facts(connection)
-        subject = replace(
-            cluster.subject(Budget(), repository=repository),
-            dsn=clone.dsn("postgres"),
-            facts=facts,
-            role=Role.CLONE,
-            data_directory=clone.data_directory,
+        report = examine(
+            clone,
+            names,
+            cluster=cluster.name,
+            repository=repository,
+            invariants=cluster.invariants(),
+            progress=progress,
         )
-        return run_checks(subject, names, progress=progress).results
+    return report.results
 
 
 def _not_checked(names: list[str], reason: str) -> tuple[CheckResult, ...]:

@@ -27,12 +27,12 @@ from knockwood.errors import (
     TargetUnreachableError,
 )
 from knockwood.host import clock
-from knockwood.integrity.check import Invariant, Role, Subject
+from knockwood.integrity.check import Invariant
 from knockwood.integrity.compare import Comparison, compare
 from knockwood.integrity.primary_state import PrimaryState, primary_state
-from knockwood.integrity.registry import all_checks
-from knockwood.integrity.run import Report, run_checks
+from knockwood.integrity.run import Report
 from knockwood.model import Claim, Lsn, Proof, Verdict, worst
+from knockwood.operations.examination import examine, names_for_a_clone
 from knockwood.operations.lag import POLL, ArchiveWatch, commits_between
 from knockwood.operations.proof_pages import COMPARED, store
 from knockwood.postgres.binaries import Programs, find_programs
@@ -41,9 +41,6 @@ from knockwood.repository.backups import list_backups
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, RestorePlan, Target, ToLsn, resolve
 from knockwood.repository.verify import Verification, verify
-
-ABOUT_THE_SERVER: Final = frozenset({"backup_age", "configuration", "proof_age", "wal_archive"})
-"""Checks that ask how a production server is run; a clone cannot answer them."""
 
 _ATTEMPTS: Final = 8
 
@@ -125,8 +122,8 @@ class _Run:
             clone = self._restore(plan)
             seconds = clock.monotonic() - started
             self._claim_reached(plan, state)
-            self._check(clone)
             self._compare(clone, plan, state)
+            self._check(clone)
         finally:
             if clone is not None:
                 clone.destroy()
@@ -181,10 +178,11 @@ class _Run:
 
     def _marked(self, dsn: str, archive: ArchiveWatch, lsn: Lsn) -> None:
         archive.begin(lsn)
-        # An archive_command gets whole segments only, and a receiver may wait for the end of one: on an idle
-        # server the last commits would stay there.
+        # The position may lie in WAL that an idle server has not flushed yet, and only what is flushed is
+        # sent: a commit flushes all before it.
         with contextlib.suppress(KnockwoodError), connect(dsn) as connection, translated():
-            connection.execute("select pg_catalog.pg_switch_wal()")
+            connection.execute("set synchronous_commit = local")
+            connection.execute("select pg_catalog.pg_logical_emit_message(true, 'knockwood', 'flush')")
 
     def _start(self) -> Lsn:
         """Where the WAL must begin that the newest backup, or the one asked for, needs."""
@@ -266,27 +264,19 @@ class _Run:
     # --- what came out ---------------------------------------------------------------------------------
 
     def _check(self, clone: Clone | None) -> None:
-        names = [check.name for check in all_checks() if check.name not in ABOUT_THE_SERVER]
-        names = [name for name in names if self.options.checks is None or name in self.options.checks]
+        names = [
+            name for name in names_for_a_clone() if self.options.checks is None or name in self.options.checks
+        ]
         if clone is None:
             for name in names:
                 self._claim(f"check {name}", Verdict.NOT_CHECKED, "there is no clone")
             return
-        with connect(clone.dsn()) as connection:
-            facts = server_facts(connection)
-        subject = Subject(
-            cluster=self.cluster,
-            dsn=clone.dsn(),
-            facts=facts,
-            role=Role.CLONE,
-            data_directory=clone.data_directory,
-            repository=self.repository,
-            programs=clone.programs,
-            invariants=self.options.invariants,
-        )
-        self.report = run_checks(
-            subject,
+        self.report = examine(
+            clone,
             names,
+            cluster=self.cluster,
+            repository=self.repository,
+            invariants=self.options.invariants,
             progress=lambda at: self.tell(Step("check the clone", at.position - 1, at.total, at.check.name)),
         )
         for result in self.report.results:

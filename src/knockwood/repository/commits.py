@@ -69,6 +69,7 @@ class ArchiveReader:
         self.breaks: list[Break] = []
         self.ends: dict[Timeline, Lsn] = {}
         self.bytes_read = 0
+        self.vanished = False
         self._repository = repository
         self._listing = listing
         self._programs = programs
@@ -241,7 +242,8 @@ class ArchiveReader:
         path = self._folder / WalSegment(route.timeline, number, route.segment_bytes).name
         try:
             fetch(self._repository, piece, path)
-        except (ObjectDamagedError, ObjectMissingError, WrongSystemError):
+        except (ObjectDamagedError, ObjectMissingError, WrongSystemError) as error:
+            self.vanished = self.vanished or isinstance(error, ObjectMissingError)
             path.unlink(missing_ok=True)
             return None
         return path

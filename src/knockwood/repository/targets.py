@@ -146,7 +146,7 @@ class _Question:
     @property
     def broken(self) -> bool:
         """Whether some WAL that was listed could not be read."""
-        return any(reader.breaks for reader in self._readers)
+        return any(reader.breaks or reader.vanished for reader in self._readers)
 
     def answer(self) -> RestorePlan:
         state = proved.load(self._repository, self._repository.storage.list(proved.FOLDER))

@@ -13,12 +13,11 @@ from knockwood.drill.witness import Promise, loss
 from knockwood.drill.workload import tokens_present
 from knockwood.host import clock, privileges
 from knockwood.integrity.check import Budget, Role, Subject
-from knockwood.integrity.registry import all_checks
 from knockwood.integrity.run import Report, run_checks
 from knockwood.model import Finding, Verdict
+from knockwood.operations.examination import names_for_a_clone
 from knockwood.operations.freshness import bring_up_to_date
 from knockwood.operations.protect import take
-from knockwood.operations.prove import ABOUT_THE_SERVER
 from knockwood.operations.restore import RestoreOutcome, restore
 from knockwood.postgres.connection import ServerFacts, connect, server_facts
 from knockwood.postgres.server import LocalServer
@@ -127,8 +126,7 @@ def check_restored(box: Sandbox, server: LocalServer, story: Story) -> Report:
         role=Role.CLONE,
         data_directory=server.data_directory,
     )
-    names = [check.name for check in all_checks() if check.name not in ABOUT_THE_SERVER]
-    report = run_checks(subject, names)
+    report = run_checks(subject, names_for_a_clone())
     held = sum(result.verdict is Verdict.HELD for result in report.results)
     story.say(
         Kind.PROVED if report.verdict is Verdict.HELD else Kind.FAILED,
