@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,17 +24,12 @@ def installations() -> dict[int, Programs]:
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the servers' account can enter (pytest's own is closed to others)."""
-    folder = tmp_path_factory.mktemp("servers")
-    step = folder
-    while step.name and "pytest-of" not in step.parent.name and step.parent != step:
-        step.chmod(0o755)
-        step = step.parent
-    step.chmod(0o755)
-    if "pytest-of" in step.parent.name:
-        step.parent.chmod(0o755)
-    return folder
+def shared_folder() -> Iterator[Path]:
+    """A folder that the servers' account can enter; pytest's own is closed to others at each start."""
+    folder = Path(tempfile.mkdtemp(prefix="knockwood-tests-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

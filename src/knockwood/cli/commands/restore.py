@@ -12,10 +12,17 @@ from rich.markup import escape
 from knockwood.cli.answer import Answer, seconds
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.cli.progress import byte_progress
+from knockwood.errors import UsageError
+from knockwood.model import Timeline
+from knockwood.operations.cluster import Cluster
 from knockwood.operations.freshness import bring_up_to_date, require_complete
 from knockwood.operations.restore import RestoreOutcome
-from knockwood.operations.restore import restore as run_restore
-from knockwood.repository.targets import Latest, parse_target
+from knockwood.operations.restore import restore as restore_cluster
+from knockwood.operations.restore_table import TableOutcome, restore_table
+from knockwood.operations.table_definition import TableName
+from knockwood.repository.plans import Missing
+from knockwood.repository.repository import Repository
+from knockwood.repository.targets import Latest, Target, parse_target
 
 
 def register(app: App) -> None:
@@ -25,33 +32,57 @@ def register(app: App) -> None:
 def restore(
     *,
     to: Annotated[str, Parameter(help="latest, an LSN, a time with its zone, or before-XID.")] = "latest",
-    into: Annotated[Path, Parameter(help="The folder of the new cluster; empty or not there yet.")],
-    backup: Annotated[str | None, Parameter(help="From this backup; otherwise the best one.")] = None,
-    accept_loss: Annotated[
-        bool, Parameter(negative="", help="Restore as far as the archive reaches.")
-    ] = False,
-    promote: Annotated[bool, Parameter(help="Or leave it waiting, read-only, at the target.")] = True,
-    again: Annotated[
-        bool, Parameter(negative="", help="First remove what a killed restore left there.")
-    ] = False,
-    tablespaces: Annotated[
-        Path | None, Parameter(help="Where tablespaces go; beside the folder otherwise.")
+    into: Annotated[Path | None, Parameter(help="The new cluster's folder; empty or not there yet.")] = None,
+    table: Annotated[str | None, Parameter(help="Only this table: DATABASE.SCHEMA.TABLE.")] = None,
+    file: Annotated[
+        Path | None, Parameter(help="The table into this SQL file, not the live cluster.")
     ] = None,
+    apply: Annotated[
+        bool, Parameter(negative="", help="Bring the table back; otherwise only shown.")
+    ] = False,
+    backup: Annotated[str | None, Parameter(help="From this backup; otherwise the best one.")] = None,
+    timeline: Annotated[int | None, Parameter(help="Along this timeline; otherwise the newest.")] = None,
+    accept_loss: Annotated[bool, Parameter(negative="", help="As far as the archive reaches.")] = False,
+    promote: Annotated[bool, Parameter(help="Or leave it waiting, read-only, at the target.")] = True,
+    again: Annotated[bool, Parameter(negative="", help="First remove what a killed one left.")] = False,
+    tablespaces: Annotated[Path | None, Parameter(help="Where tablespaces go; beside otherwise.")] = None,
     common: Common = DEFAULT,
 ) -> Answer:
-    """Restore into a folder beside the running cluster, complete up to the target, or refuse."""
+    """Restore into a folder beside the running cluster, complete up to the target, or refuse.
+
+    With --table one table comes back beside the live one, as knockwood_restored.TABLE_TIME.
+    """
     target = parse_target(to)
+    if (into is None) == (table is None):
+        raise UsageError(
+            "say either where a cluster goes, or which table comes back",
+            hint="knockwood restore --to latest --into DIR, or --table DATABASE.SCHEMA.TABLE --apply",
+        )
     cluster = common.open_cluster()
     repository = cluster.repository()
-    freshness = bring_up_to_date(cluster, repository) if target == Latest() else None
-    if freshness is not None and not accept_loss:
-        require_complete(freshness)
+    notes = _freshen(cluster, repository, target, accept_loss)
     with byte_progress("restore", quiet=common.json) as progress:
-        outcome = run_restore(
+        if table is not None:
+            brought = restore_table(
+                repository,
+                target,
+                TableName.parse(table),
+                live_dsn=None if file else cluster.dsn,
+                file=file,
+                apply=apply,
+                backup=backup,
+                accept_loss=accept_loss,
+                progress=progress,
+                programs_for=cluster.programs,
+            )
+            return Answer(_table_values(brought, notes), lambda console: _show_table(console, brought, notes))
+        assert into is not None
+        outcome = restore_cluster(
             repository,
             target,
             into,
             backup=backup,
+            timeline=Timeline(timeline) if timeline is not None else None,
             accept_loss=accept_loss,
             promote=promote,
             again=again,
@@ -59,8 +90,18 @@ def restore(
             progress=progress,
             programs_for=cluster.programs,
         )
-    notes = (*((freshness.detail,) if freshness else ()), *outcome.warnings)
+    notes += outcome.warnings
     return Answer(_values(outcome, notes), lambda console: _show(console, outcome, notes))
+
+
+def _freshen(cluster: Cluster, repository: Repository, target: Target, accept_loss: bool) -> tuple[str, ...]:
+    """For latest: have the archive hold all that the live server promised, or refuse."""
+    if target != Latest():
+        return ()
+    freshness = bring_up_to_date(cluster, repository)
+    if not accept_loss:
+        require_complete(freshness)
+    return (freshness.detail,)
 
 
 def _values(outcome: RestoreOutcome, notes: tuple[str, ...]) -> dict[str, object]:
@@ -80,22 +121,63 @@ def _values(outcome: RestoreOutcome, notes: tuple[str, ...]) -> dict[str, object
 
 
 def _show(console: Console, outcome: RestoreOutcome, notes: tuple[str, ...]) -> None:
-    commit = outcome.last_commit
-    console.print(
-        f"restored {outcome.plan.backup.id} into [bold]{escape(str(outcome.into))}[/] in {seconds(outcome.seconds)}"
-    )
+    place = escape(str(outcome.into))
+    console.print(f"restored {outcome.plan.backup.id} into [bold]{place}[/] in {seconds(outcome.seconds)}")
     console.print(f"reached {outcome.reached_lsn}, now on timeline {outcome.timeline}")
+    commit = outcome.last_commit
     if commit is not None:
         console.print(f"last commit contained: xid {commit.xid} at {commit.lsn}, {commit.time.isoformat()}")
-    missing = outcome.plan.missing
-    if missing is not None:
-        end = f" to {missing.end}" if missing.end else ""
-        console.print(
-            f"[bold red]missing[/] WAL from {missing.start}{end}: {escape(missing.reason)}", soft_wrap=True
-        )
-        console.print(f"  at least {missing.commits} commits were seen that it does not hold")
-    for warning in notes:
-        console.print(f"[yellow]note[/] {escape(warning)}", soft_wrap=True)
+    _show_missing(console, outcome.plan.missing)
+    _show_notes(console, notes)
     console.print("start it with:")
     for line in outcome.how_to_start:
         console.print(f"  {escape(line)}", soft_wrap=True)
+
+
+def _table_values(outcome: TableOutcome, notes: tuple[str, ...]) -> dict[str, object]:
+    missing = outcome.plan.missing
+    return {
+        "table": str(outcome.table),
+        "destination": outcome.destination,
+        "applied": outcome.applied,
+        "steps": list(outcome.steps),
+        "backup": outcome.plan.backup.id,
+        "reached_lsn": str(outcome.reached_lsn) if outcome.reached_lsn else None,
+        "rows": outcome.rows,
+        "left_out": list(outcome.left_out),
+        "missing": missing.as_json() if missing else None,
+        "seconds": round(outcome.seconds, 3),
+        "warnings": list(notes),
+    }
+
+
+def _show_table(console: Console, outcome: TableOutcome, notes: tuple[str, ...]) -> None:
+    if not outcome.applied:
+        console.print("the plan:")
+        for number, step in enumerate(outcome.steps, 1):
+            console.print(f"  {number}. {escape(step)}", soft_wrap=True)
+        _show_missing(console, outcome.plan.missing)
+        console.print("carry it out with --apply")
+        return
+    where = escape(outcome.destination)
+    rows = f"{outcome.rows:,}" if outcome.rows is not None else "unknown"
+    console.print(f"{outcome.table} is back as [bold]{where}[/]: {rows} rows, in {seconds(outcome.seconds)}")
+    for thing in outcome.left_out:
+        console.print(f"[yellow]left out[/] {escape(thing)}", soft_wrap=True)
+    _show_missing(console, outcome.plan.missing)
+    _show_notes(console, notes)
+
+
+def _show_missing(console: Console, missing: Missing | None) -> None:
+    if missing is None:
+        return
+    end = f" to {missing.end}" if missing.end else ""
+    console.print(
+        f"[bold red]missing[/] WAL from {missing.start}{end}: {escape(missing.reason)}", soft_wrap=True
+    )
+    console.print(f"  at least {missing.commits} commits were seen that it does not hold")
+
+
+def _show_notes(console: Console, notes: tuple[str, ...]) -> None:
+    for note in notes:
+        console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
