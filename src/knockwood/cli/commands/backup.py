@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,11 +16,6 @@ from knockwood.model import Verdict
 from knockwood.operations.protect import take
 from knockwood.repository.backups.listing import scan_backups
 from knockwood.repository.backups.model import Backup
-
-
-def register(app: App) -> None:
-    app.command(backup)
-    app.command(backups)
 
 
 def backup(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,10 +18,6 @@ from knockwood.integrity.registry import all_checks
 from knockwood.integrity.run import Report
 from knockwood.operations.check import check as run_check
 from knockwood.settings.schema import parse_duration
-
-
-def register(app: App) -> None:
-    app.command(check)
 
 
 def check(

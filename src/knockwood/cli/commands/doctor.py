@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from cyclopts import App
 from rich.console import Console
 from rich.markup import escape
 
 from knockwood.cli.answer import Answer, coloured
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.operations import doctor as operation
-
-
-def register(app: App) -> None:
-    app.command(doctor)
 
 
 def doctor(*, common: Common = DEFAULT) -> Answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -27,13 +27,6 @@ _MARKS = {
     Kind.PROVED: ("✓", "green"),
     Kind.FAILED: ("✗", "bold red"),
 }
-
-
-def register(app: App) -> None:
-    drill = App(name="drill", help="Outages on purpose, in a sandbox of their own.")
-    drill.command(list_drills, name="list")
-    drill.command(run_drills, name="run")
-    app.command(drill)
 
 
 def list_drills(*, common: Common = DEFAULT) -> Answer:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 
 from knockwood.cli.answer import Answer
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.repository.backups.expire import expire as run_expire
-
-
-def register(app: App) -> None:
-    app.command(expire)
 
 
 def expire(

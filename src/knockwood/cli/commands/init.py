@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 
@@ -15,10 +15,6 @@ from knockwood.operations import setup
 from knockwood.operations.cluster import Cluster
 from knockwood.settings import parse
 from knockwood.settings.load import FILE_NAME
-
-
-def register(app: App) -> None:
-    app.command(init)
 
 
 def init(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 
@@ -15,10 +15,6 @@ from knockwood.model import Proof
 from knockwood.operations.prove import Step
 from knockwood.operations.proving import prove_cluster
 from knockwood.repository.targets import parse_target
-
-
-def register(app: App) -> None:
-    app.command(prove)
 
 
 def prove(

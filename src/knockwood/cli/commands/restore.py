@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 
@@ -23,10 +23,6 @@ from knockwood.operations.table_definition import TableName
 from knockwood.repository.plans import Missing
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, Target, parse_target
-
-
-def register(app: App) -> None:
-    app.command(restore)
 
 
 def restore(

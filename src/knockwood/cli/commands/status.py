@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from cyclopts import App
 from rich.console import Console
 from rich.markup import escape
 
@@ -13,10 +12,6 @@ from knockwood.operations.cluster import Cluster
 from knockwood.operations.status import Status
 from knockwood.operations.status import status as look
 from knockwood.settings import choose_cluster, load
-
-
-def register(app: App) -> None:
-    app.command(status)
 
 
 def status(*, common: Common = DEFAULT) -> Answer:

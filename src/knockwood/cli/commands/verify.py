@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 
@@ -13,10 +13,6 @@ from knockwood.cli.common import DEFAULT, Common
 from knockwood.cli.progress import spinner
 from knockwood.repository.verify import Verification
 from knockwood.repository.verify import verify as run_verify
-
-
-def register(app: App) -> None:
-    app.command(verify)
 
 
 def verify(

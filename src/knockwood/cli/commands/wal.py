@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 
@@ -23,22 +23,19 @@ from knockwood.repository.push import PUSH_FAILED, exit_status_of
 from knockwood.repository.receive import EventKind, ReceiverEvent
 
 
-def register(app: App) -> None:
-    wal = App(name="wal", help="WAL into the repository and back.")
-    wal.command(receive_wal, name="receive")
-    wal.command(push_wal, name="push")
-    wal.command(fetch_wal, name="fetch")
-    wal.command(list_gaps, name="gaps")
-    wal.command(acknowledge, name="acknowledge")
-    app.command(wal)
+def receive_wal(
+    *,
+    wait: Annotated[float, Parameter(help="Seconds to wait for another receiver to end.")] = 30,
+    common: Common = DEFAULT,
+) -> int:
+    """Receive WAL in the foreground until Ctrl-C; goes on where it stopped.
 
-
-def receive_wal(*, common: Common = DEFAULT) -> int:
-    """Receive WAL in the foreground until Ctrl-C; goes on where it stopped."""
+    A backup receives for itself where nobody else does: this one then takes over when that ends.
+    """
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    receive_forever(common.open_cluster(), _report, stop)
+    receive_forever(common.open_cluster(), _report, stop, wait=wait)
     return 0
 
 
