@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from knockwood.integrity.check import Subject
 from knockwood.model import Lsn, Timeline, WalSegment
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.inventory import ArchiveInventory, Partial
+from knockwood.repository.walk import workplace
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ def staged_wal(
     Nothing of the server is copied: its segments are linked to, so call `require_unchanged` after reading.
     """
     size = subject.facts.segment_bytes
-    with tempfile.TemporaryDirectory(prefix="knockwood-wal-") as name:
-        stage = _Stage(subject, Path(name), size)
+    with workplace() as folder:
+        stage = _Stage(subject, folder, size)
         numbers, end = stage.gather(until, max(at_most_bytes // size, 1), since)
         if not numbers:
             yield None
