@@ -33,6 +33,19 @@ class KnockwoodError(Exception):
         return f"{self.what}{place}"
 
 
+class InternalError(KnockwoodError):
+    """Knockwood itself failed: a defect of it, not of what it looked at."""
+
+    code = "KW001"
+
+
+class StoppedError(KnockwoodError):
+    """The work was stopped by a signal before its end."""
+
+    code = "KW002"
+    retry_safe = True
+
+
 # --- what the user wrote -------------------------------------------------------------------------
 
 

@@ -22,6 +22,8 @@ from knockwood.errors import (
 # A line here is never changed or removed, only added: code -> (class, exit status, safe to retry).
 STABLE = {
     "KW000": ("KnockwoodError", 2, False),
+    "KW001": ("InternalError", 2, False),
+    "KW002": ("StoppedError", 2, True),
     "KW100": ("UsageError", 3, False),
     "KW101": ("SettingsError", 3, False),
     "KW200": ("RefusedError", 4, False),

@@ -45,7 +45,7 @@ def print_answer(answer: Answer, *, as_json: bool) -> int:
         json.dump(answer.as_json(), sys.stdout, indent=2, default=str)
         sys.stdout.write("\n")
     else:
-        answer.show(Console(highlight=False))
+        answer.show(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
     sys.stdout.flush()
     return answer.exit_status
 

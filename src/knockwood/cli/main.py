@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from cyclopts import App, CycloptsError
-from rich.console import Console
 
 from knockwood import __version__
 from knockwood.cli.answer import Answer, print_answer, print_error
 from knockwood.cli.commands import register_commands
-from knockwood.errors import EXIT_NOT_CHECKED, EXIT_USAGE, KnockwoodError
+from knockwood.errors import EXIT_NOT_CHECKED, InternalError, KnockwoodError, StoppedError, UsageError
 
 _COMMON_WITH_VALUE = ("--config", "--cluster")
+_FETCH_ANSWERS = (0, 1)
+_FETCH_FAILED = 200
 
 
 def build_app() -> App:
@@ -41,23 +45,45 @@ def main(arguments: list[str]) -> int:
     words = common_last(arguments)
     as_json = "--json" in words
     try:
-        result = build_app()(words, exit_on_error=False, print_error=False)
+        status = _run(words, as_json=as_json)
     except CycloptsError as error:
-        message = str(error).strip()
-        Console(stderr=True, highlight=False).print(
-            f"[bold red]error[/] {message}", markup=True, soft_wrap=True
-        )
-        return EXIT_USAGE
+        asked = " ".join(words[:1]) if words[:1] and not words[0].startswith("-") else ""
+        told = UsageError(str(error).strip(), hint=f"knockwood {asked} --help".replace("  ", " "))
+        status = print_error(told, as_json=as_json)
     except KnockwoodError as error:
-        return print_error(error, as_json=as_json)
+        status = print_error(error, as_json=as_json)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        print_error(StoppedError("interrupted before the end"), as_json=as_json)
+        status = 128 + signal.SIGINT
     except BrokenPipeError:
-        return EXIT_NOT_CHECKED
+        # Nobody reads our answer; Python would try to flush the rest at its end and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_NOT_CHECKED
+    except Exception as error:
+        if os.environ.get("KNOCKWOOD_TRACEBACK"):
+            raise
+        status = print_error(_internal(error), as_json=as_json)
+    # PostgreSQL takes 1 to 125 of a restore_command for "not in the archive" and ends recovery with
+    # less data: whatever went wrong here must not look like that.
+    if words[:2] == ["wal", "fetch"] and status not in _FETCH_ANSWERS:
+        return _FETCH_FAILED
+    return status
+
+
+def _run(words: list[str], *, as_json: bool) -> int:
+    result = build_app()(words, exit_on_error=False, print_error=False)
     if isinstance(result, Answer):
         return print_answer(result, as_json=as_json)
     return result if isinstance(result, int) else 0
+
+
+def _internal(error: Exception) -> InternalError:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return InternalError(
+        f"{type(error).__name__}: {error}",
+        where=f"{Path(last.filename).name}:{last.lineno}",
+        hint="a defect of Knockwood: please report it with what KNOCKWOOD_TRACEBACK=1 shows",
+    )
 
 
 def common_last(arguments: list[str]) -> list[str]:

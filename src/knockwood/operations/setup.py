@@ -134,14 +134,19 @@ def apply_statements(dsn: str, preparation: Preparation) -> None:
             connection.execute(statement.text.encode())
 
 
-def write_settings(path: Path, text: str) -> None:
-    """Write a new settings file; raises SettingsError if there is one already."""
+def require_no_settings(path: Path) -> None:
+    """Raise SettingsError if there is a settings file already."""
     if path.exists():
         raise SettingsError(
             "there is a settings file already",
             where=str(path),
             hint="name another with --config, or add the cluster to it by hand",
         )
+
+
+def write_settings(path: Path, text: str) -> None:
+    """Write a new settings file; raises SettingsError if there is one already."""
+    require_no_settings(path)
     files.write_new(path.absolute(), [text.encode()], mode=0o644)
 
 

@@ -21,7 +21,10 @@ from knockwood.repository.targets import Latest, resolve
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """`rpo_seconds`: how much newer the live server's promises are than the archive; None when unknown."""
+    """`rpo_seconds`: how much newer the live server's promises are than the archive.
+
+    None when unknown; `not_checked` then says why.
+    """
 
     cluster: str
     recoverable_until: Commit | None
@@ -31,6 +34,7 @@ class Status:
     last_proof: dict[str, Any] | None
     open_gaps: int
     problems: tuple[str, ...]
+    not_checked: str = ""
 
     @property
     def verdict(self) -> Verdict:
@@ -56,6 +60,7 @@ class Status:
             "open_gaps": self.open_gaps,
             "open_incidents": None,
             "problems": list(self.problems),
+            "not_checked": self.not_checked or None,
         }
 
 
@@ -73,7 +78,7 @@ def status(cluster: Cluster) -> Status:
     proof = newest_proof(repository)
     shown = {key: proof.get(key) for key in ("id", "verdict", "taken_at", "valid_until")} if proof else None
     unknown_gaps = [gap for gap in gaps.list_gaps(repository) if gap.acknowledged is None]
-    behind = _behind(cluster, repository, clock.now())
+    behind, unknown = _behind(cluster, repository, clock.now())
     allowed = cluster.settings.objectives.rpo.total_seconds()
     if behind is not None and behind > allowed:
         problems.append(
@@ -89,6 +94,7 @@ def status(cluster: Cluster) -> Status:
         shown,
         len(unknown_gaps),
         tuple(problems),
+        unknown,
     )
 
 
@@ -103,15 +109,20 @@ def _recoverable(
     return plan.last_commit, plan.target_lsn or plan.backup.stop_lsn
 
 
-def _behind(cluster: Cluster, repository: Repository, now: datetime) -> float | None:
-    """Seconds between the newest archived WAL and now, 0 if the archive holds all that was flushed."""
+def _behind(cluster: Cluster, repository: Repository, now: datetime) -> tuple[float | None, str]:
+    """Seconds between the newest archived WAL and now, 0 if the archive holds all that was flushed.
+
+    Where that is unknown None, and why.
+    """
     try:
         promised = receive_server.flushed(cluster.dsn).flush
         timeline = receive_server.identify(cluster.dsn).history.timeline
-    except PostgresError:
-        return None
+    except PostgresError as error:
+        return None, f"the server does not answer: {error}"
     start = WalSegment.containing(timeline, promised, repository.header.segment_bytes).start
     if WalArchive(repository).inventory().covers(WalRange(timeline, min(start, promised), promised)):
-        return 0.0
+        return 0.0, ""
     newest = max((info.modified for info in repository.storage.list("wal/")), default=None)
-    return max(0.0, (now - newest).total_seconds()) if newest else None
+    if newest is None:
+        return None, "the archive holds no WAL yet"
+    return max(0.0, (now - newest).total_seconds()), ""

@@ -57,12 +57,22 @@ def translated(dsn: str | None = None) -> Iterator[None]:
 def _operational(error: psycopg.OperationalError, where: str | None) -> PostgresError:
     text = _line(error)
     if re.search(r"password|authentication failed|pg_hba\.conf|role \"[^\"]*\" does not exist", text):
+        unknown = re.search(r'role "([^"]*)" does not exist', text)
+        if unknown:
+            return AuthenticationError(
+                text,
+                where=where,
+                hint=f"make the role with the SQL that `knockwood init` shows (CREATE ROLE {unknown[1]} ...),"
+                " or name another in the dsn",
+            )
         return AuthenticationError(
             text,
             where=where,
             hint="is the role right, its password in ~/.pgpass, and pg_hba.conf open to it?",
         )
-    if "FATAL:" in text and not re.search(r"starting up|shutting down|in recovery mode|too many clients", text):
+    if "FATAL:" in text and not re.search(
+        r"starting up|shutting down|in recovery mode|too many clients", text
+    ):
         return PostgresError(text, where=where)  # somebody answered
     if error.sqlstate is None or error.sqlstate.startswith(("57P0", "08")):
         return ServerDownError(
@@ -74,7 +84,9 @@ def _operational(error: psycopg.OperationalError, where: str | None) -> Postgres
 def _line(error: psycopg.Error) -> str:
     message = error.diag.message_primary or str(error).strip()
     detail = f": {error.diag.message_detail}" if error.diag.message_detail else ""
-    return message.splitlines()[-1].strip() + detail if message else type(error).__name__
+    # Several addresses make several lines; the questions that libpq adds, indented, are ours to ask.
+    lines = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith("\t")]
+    return lines[-1] + detail if lines else type(error).__name__
 
 
 def _grant(text: str) -> str:

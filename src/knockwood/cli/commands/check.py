@@ -13,6 +13,7 @@ from rich.table import Table
 from knockwood.cli.answer import Answer, coloured
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.cli.progress import check_progress
+from knockwood.errors import UsageError
 from knockwood.integrity.check import Budget
 from knockwood.integrity.registry import all_checks
 from knockwood.integrity.run import Report
@@ -35,6 +36,8 @@ def check(
     """Look for damage: the light checks on the server, with --heavy all of them, or the ones named."""
     if list:
         return _listing()
+    if max_load is not None and not max_load > 0:
+        raise UsageError("--max-load is a load average per core, more than 0", where=str(max_load))
     budget = Budget(max_load, _duration(statement_timeout), _duration(lock_timeout))
     with check_progress(quiet=common.json) as progress:
         report = run_check(
@@ -44,8 +47,6 @@ def check(
 
 
 def _duration(text: str) -> timedelta:
-    from knockwood.errors import UsageError
-
     try:
         return parse_duration(text)
     except ValueError as error:

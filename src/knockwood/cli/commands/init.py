@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,19 +37,21 @@ def init(
     repository: A folder, or `s3://bucket/prefix`.
     data_directory: The server's files, when Knockwood runs beside it.
     """
-    path = common.config or Path(FILE_NAME)
+    path = common.config or Path(os.environ.get("KNOCKWOOD_CONFIG") or FILE_NAME)
+    setup.require_no_settings(path)
     plan = setup.prepare(name, dsn, repository, data_directory, role)
     settings = parse(plan.settings_text, str(path))
     # The repository is made with the connection given: the role may not exist yet.
     chosen = settings.cluster[name].model_copy(update={"dsn": dsn})
     cluster = Cluster(name, chosen, Cluster.of(settings, name).state)
-    setup.write_settings(path, plan.settings_text)
     made = setup.make_repository(cluster)
     if apply:
         setup.apply_statements(dsn, plan)
+    # Last, so that an `init` that failed can be run again.
+    setup.write_settings(path, plan.settings_text)
 
     def show(console: Console) -> None:
-        console.print(f"wrote {path}; the repository is {made.storage.url}")
+        console.print(escape(f"wrote {path}; the repository is {made.storage.url}"), soft_wrap=True)
         if plan.statements:
             console.print(
                 "the server was prepared with:"
@@ -60,7 +63,8 @@ def init(
                 f"  [dim]{escape(statement.database)}=#[/] {escape(statement.text)};", soft_wrap=True
             )
         console.print(
-            "\nnext: knockwood doctor; then keep `knockwood wal receive` running and take a `knockwood backup`"
+            "\nnext: knockwood doctor; then keep `knockwood wal receive` running and take a `knockwood backup`",
+            soft_wrap=True,
         )
 
     sql = [{"database": statement.database, "sql": statement.text} for statement in plan.statements]

@@ -34,8 +34,8 @@ def _show(console: Console, one: Status) -> None:
         console.print(f"  recoverable to  {until.time.isoformat()} (xid {until.xid}, {until.lsn})")
     elif one.reached_lsn is not None:
         console.print(f"  recoverable to  {one.reached_lsn}")
-    behind = "the server does not answer" if one.rpo_seconds is None else seconds(one.rpo_seconds)
-    console.print(f"  archive behind  {behind}")
+    behind = one.not_checked if one.rpo_seconds is None else seconds(one.rpo_seconds)
+    console.print(f"  archive behind  {escape(behind)}")
     backup = one.last_backup
     console.print(f"  last backup     {backup.id if backup else 'none'}")
     proof = one.last_proof

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 
-from knockwood.cli.answer import Answer, print_error
+from knockwood.cli.answer import Answer, print_answer, print_error
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.errors import KnockwoodError, UsageError
 from knockwood.host import clock
@@ -36,7 +36,7 @@ def receive_wal(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     receive_forever(common.open_cluster(), _report, stop, wait=wait)
-    return 0
+    return _quiet({"outcome": "stopped"}, common)
 
 
 def _report(event: ReceiverEvent) -> None:
@@ -54,20 +54,27 @@ def _report(event: ReceiverEvent) -> None:
 def push_wal(path: Path, *, common: Common = DEFAULT) -> int:
     """Store one finished WAL file: `archive_command = 'knockwood wal push %p'`."""
     try:
-        push.push(common.open_cluster().repository(), path)
+        outcome = push.push(common.open_cluster().repository(), path)
     except KnockwoodError as error:
         print_error(error, as_json=common.json)
         return PUSH_FAILED
-    return 0
+    return _quiet({"outcome": str(outcome)}, common)
 
 
 def fetch_wal(name: str, destination: Path, *, common: Common = DEFAULT) -> int:
     """Bring back one WAL file: `restore_command = 'knockwood wal fetch %f %p'`."""
     try:
-        return push.fetch(common.open_cluster().repository(), name, destination).exit_status
+        outcome = push.fetch(common.open_cluster().repository(), name, destination)
     except KnockwoodError as error:
         print_error(error, as_json=common.json)
         return exit_status_of(error)
+    _quiet({"outcome": str(outcome)}, common)
+    return outcome.exit_status
+
+
+def _quiet(values: dict[str, object], common: Common) -> int:
+    """PostgreSQL logs whatever its commands print: nothing, unless JSON is asked for."""
+    return print_answer(Answer(values, lambda _: None), as_json=common.json)
 
 
 def list_gaps(*, common: Common = DEFAULT) -> Answer:
