@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import secrets
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +16,7 @@ from knockwood.drill.witness import Witness
 from knockwood.drill.workload import INVARIANTS, Workload, create_shop
 from knockwood.errors import ProgramsMissingError
 from knockwood.host import files, privileges
+from knockwood.host.processes import ProcessIdentity
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.protect import receiving
 from knockwood.postgres.binaries import Programs, installed
@@ -34,6 +39,7 @@ _SETTINGS = {
     "autovacuum_naptime": "10s",
     "summarize_wal": "on",
 }
+_FOLDER = re.compile(r"knockwood-drill-(\d+)-(\d+\.\d+)-")
 _EXTENSIONS = ("amcheck", "pg_visibility", "pageinspect", "pg_buffercache", "pg_walinspect")
 
 
@@ -71,40 +77,68 @@ def choose_programs(major: int | None = None) -> Programs:
 
 
 @contextmanager
-def sandbox(*, orders: int, clients: int, seed: int, parent: Path | None = None) -> Iterator[Sandbox]:
+def sandbox(
+    *,
+    orders: int,
+    clients: int,
+    seed: int,
+    parent: Path | None = None,
+    programs: Programs | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[Sandbox]:
     """Make a sandbox with a shop of `orders` seed orders, protect it, and remove all of it at the end.
 
-    The load is prepared but not started. Nothing outlives the block, nor this process.
+    `programs`: the newest installed by default; `settings` beat the sandbox's own. The load is prepared
+    but not started. Nothing outlives the block, nor this process.
     """
     account = privileges.server_account()
-    with tempfile.TemporaryDirectory(prefix="knockwood-drill-", dir=parent) as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        with _server(folder, account) as server:
-            _prepare(server, orders)
-            cluster = _cluster(folder, server)
-            repository = cluster.create_repository()
-            witness = Witness(folder / "witness.log")
-            workload = Workload(server.dsn(DATABASE, user="app"), witness, clients=clients, seed=seed)
-            try:
-                with receiving(cluster, repository):
-                    yield Sandbox(folder, server, cluster, repository, witness, workload)
-            finally:
-                workload.stop()
-                witness.close()
+    with (
+        _folder(parent) as folder,
+        _server(folder, account, programs or choose_programs(), settings or {}) as server,
+    ):
+        _prepare(server, orders)
+        cluster = _cluster(folder, server)
+        repository = cluster.create_repository()
+        witness = Witness(folder / "witness.log")
+        workload = Workload(server.dsn(DATABASE, user="app"), witness, clients=clients, seed=seed)
+        try:
+            with receiving(cluster, repository):
+                yield Sandbox(folder, server, cluster, repository, witness, workload)
+        finally:
+            workload.stop()
+            witness.close()
 
 
 @contextmanager
-def _server(folder: Path, account: privileges.Account | None) -> Iterator[LocalServer]:
+def _folder(parent: Path | None) -> Iterator[Path]:
+    """A folder of this process, removed at the end; those of drills that were killed are removed first."""
+    shelf = parent or Path(tempfile.gettempdir())
+    for left in shelf.glob("knockwood-drill-*-*-*"):
+        match = _FOLDER.match(left.name)
+        own = left.is_dir() and not left.is_symlink() and left.stat().st_uid == os.geteuid()
+        if match and own and not ProcessIdentity(int(match[1]), float(match[2])).alive():
+            shutil.rmtree(left, ignore_errors=True)
+    me = ProcessIdentity.own()
+    folder = shelf / f"knockwood-drill-{me.pid}-{me.started:.2f}-{secrets.token_hex(3)}"
+    folder.mkdir(mode=0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _server(
+    folder: Path, account: privileges.Account | None, programs: Programs, more: Mapping[str, str]
+) -> Iterator[LocalServer]:
     home = folder / "production"
     files.make_folder(home, mode=0o755)
     privileges.give(home, account)
-    programs = choose_programs()
     init_cluster(programs, home / "data", account=account)
     settings = {
         name: value for name, value in _SETTINGS.items() if name != "summarize_wal" or programs.major >= 17
     }
-    server = LocalServer(programs, home / "data", account=account, settings=settings)
+    server = LocalServer(programs, home / "data", account=account, settings=settings | dict(more))
     try:
         server.start()
         yield server

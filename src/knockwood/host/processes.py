@@ -119,7 +119,10 @@ def stop(child: subprocess.Popen[bytes], grace: float = 10) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process that can be told from a later one with the same pid."""
+    """A process that can be told from a later one with the same pid.
+
+    `started` is in seconds since the machine booted, so that setting the clock changes nothing.
+    """
 
     pid: int
     started: float
@@ -131,7 +134,7 @@ class ProcessIdentity:
     @classmethod
     def of(cls, pid: int) -> ProcessIdentity:
         try:
-            return cls(pid, psutil.Process(pid).create_time())
+            return cls(pid, _started(pid))
         except psutil.Error as error:
             raise HostError("no such process", where=f"pid {pid}") from error
 
@@ -139,7 +142,16 @@ class ProcessIdentity:
         """Whether this very process still runs; a zombie does not."""
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 0.05
+            same = abs(_started(self.pid) - self.started) < 0.05
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
+
+
+def _started(pid: int) -> float:
+    try:
+        # The name in the second field may hold spaces and parentheses; field 22 is the start in ticks.
+        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+    except FileNotFoundError as error:
+        raise psutil.NoSuchProcess(pid) from error

@@ -24,6 +24,7 @@ from knockwood.postgres.binaries import Programs, runnable_by
 SUPERUSER = "postgres"
 
 _STOP_SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+_SOCKET_FOLDER_BYTES = 80
 _ENVIRONMENT = {"LC_ALL": "C", "TZ": "UTC", "PATH": os.environ.get("PATH", "/usr/bin:/bin")}
 
 
@@ -103,8 +104,7 @@ class LocalServer:
         if self.running:
             return
         if self.socket_directory is None:
-            self.socket_directory = Path(tempfile.mkdtemp(prefix="kw-"))
-            privileges.give(self.socket_directory, self.account)
+            self.socket_directory = self._new_socket_directory()
         self._remove_stale_lock()
         options = {
             "listen_addresses": "",
@@ -128,6 +128,18 @@ class LocalServer:
             )
         if until != "launched":
             self._wait(timeout, until)
+
+    def _new_socket_directory(self) -> Path:
+        # Beside the data directory it goes when that goes, also after a kill; a socket's path may have
+        # 107 bytes, which not every data directory leaves.
+        beside = self.data_directory.with_name(f"{self.data_directory.name}.socket")
+        if len(str(beside)) <= _SOCKET_FOLDER_BYTES and privileges.reachable_by(beside, self.account):
+            beside.mkdir(mode=0o700, exist_ok=True)
+            folder = beside
+        else:
+            folder = Path(tempfile.mkdtemp(prefix="kw-"))
+        privileges.give(folder, self.account)
+        return folder
 
     def _remove_stale_lock(self) -> None:
         # A killed postmaster whose parent is gone can stay a zombie where process 1 reaps nothing;
