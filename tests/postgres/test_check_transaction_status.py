@@ -24,12 +24,34 @@ def test_a_flipped_commit_is_named(new_server: ServerFactory, every_version: int
     sql(server, "select count(*) from shop where id <= 0")  # reading sets the hint bits
     with faults.offline(server) as folder:
         faults.xact_flip(folder, xid)
-    [finding] = found(server, NAME)
+    findings = found(server, NAME)
+    assert {f.location.key for f in findings} == {f"xid {xid}"}
+    [finding] = [f for f in findings if f.location.relation]  # the other one is of the WAL
     assert finding.location.relation == "public.shop"
     assert finding.location.file == path_of(server, "shop")
-    assert finding.location.key == f"xid {xid}"
     assert finding.evidence["pg_xact_says"] == "aborted"
     assert finding.severity is Severity.CRITICAL
+
+
+def test_a_flipped_commit_whose_rows_nobody_read_is_named_by_the_wal(
+    new_server: ServerFactory, every_version: int
+) -> None:
+    server = new_server(every_version, max_prepared_transactions="2")
+    sql(server, SHOP)
+    insert = "insert into shop values (-1, 1, 1) returning pg_current_xact_id()::text::int"
+    plain = int(sql(server, insert))
+    with connect(server.dsn(), autocommit=False) as connection:
+        [(prepared,)] = connection.execute(insert.replace("-1", "-2")).fetchall()
+        connection.execute("prepare transaction 'later'")
+    sql(server, "commit prepared 'later'")
+    with faults.offline(server) as folder:
+        for xid in (plain, prepared):
+            faults.xact_flip(folder, xid)
+    sql(server, "select count(*) from shop; checkpoint")  # the readers copy the wrong end into the rows
+    findings = found(server, NAME)
+    assert [f.location.key for f in findings] == [f"xid {plain}", f"xid {prepared}"]
+    assert {(f.location.file, f.location.block) for f in findings} == {("pg_xact/0000", 0)}
+    assert all(f.location.lsn and f.evidence["pg_xact_says"] == "aborted" for f in findings)
 
 
 def test_a_flipped_delete_is_named(new_server: ServerFactory) -> None:

@@ -1,4 +1,4 @@
-"""pg_xact and pg_multixact: complete, and in agreement with what rows remember of transactions."""
+"""pg_xact: complete, and in agreement with what rows and the WAL remember of transactions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from knockwood.host import clock
 from knockwood.integrity.budget import pace
 from knockwood.integrity.catalog import Names
 from knockwood.integrity.check import NotChecked, Outcome, Subject, Weight
+from knockwood.integrity.checks.lost_writes import LOOK_BACK_BYTES
 from knockwood.integrity.checks.page_checksums import scannable
 from knockwood.integrity.relation_files import DataFiles, RelationFile, data_files, listing
 from knockwood.integrity.row_headers import Hints, hints_of
-from knockwood.model import Finding, Location, Severity
+from knockwood.integrity.staged_wal import staged_wal
+from knockwood.model import Finding, Location, Lsn, Severity
+from knockwood.postgres.binaries import find_programs
 from knockwood.postgres.connection import translated
 from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES
+from knockwood.postgres.waldump import RawCommit, raw_lsn, walk
 
 _CHUNK: Final = 4 << 20
 _PAGES: Final = 32  # pages of one segment file
@@ -28,22 +32,25 @@ _FIRST_NORMAL: Final = 3
 _COMMITTED: Final = 1
 _SETTLE: Final = 0.5
 _MOST_FINDINGS: Final = 100
+_WORDS: Final = ("unfinished", "committed", "aborted", "subcommitted")
 
 _RANGE: Final = """
 select (select datfrozenxid::text::int8 from pg_catalog.pg_database
         order by pg_catalog.age(datfrozenxid) desc limit 1),
        pg_catalog.split_part(next_xid, ':', 2)::int8,
-       oldest_active_xid::text::int8
+       oldest_active_xid::text::int8, redo_lsn::text
 from pg_catalog.pg_control_checkpoint()
 """
 
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """Transactions whose end is known and was on disk at the last checkpoint: `oldest` up to `end`."""
+    """Transactions whose end is known and was on disk at the last checkpoint: `oldest` up to `end`, all
+    commits whose record lies before `redo` among them."""
 
     oldest: int
     end: int
+    redo: Lsn
 
     def __len__(self) -> int:
         return (self.end - self.oldest) % _XIDS
@@ -53,11 +60,12 @@ class TransactionStatus:
     """Is every page of pg_xact there, and does it say what rows say of the same transactions?
 
     A row's hint bits were copied from pg_xact once. Where they now say the contrary, pg_xact (which has
-    no checksum) or the row has changed.
+    no checksum) or the row has changed. Rows that nobody has read yet remember nothing, and the first reader
+    copies the wrong end into them: so the commit records of recent WAL are compared as well.
     """
 
     name = "transaction_status"
-    title = "Transaction status (pg_xact) against its files and against rows"
+    title = "Transaction status (pg_xact) against its files, rows and WAL"
     weight = Weight.LIGHT
 
     def run(self, subject: Subject) -> Iterator[Outcome]:
@@ -73,6 +81,7 @@ class TransactionStatus:
             if not len(known):
                 yield NotChecked(self.name, "no transaction has ended for certain before the last checkpoint")
                 return
+            yield from _against_wal(subject, known, status)
             yield from _against_rows(subject, data, known, status)
 
 
@@ -80,11 +89,11 @@ def _range(subject: Subject) -> _Range:
     with subject.connect() as connection, translated():
         row = connection.execute(_RANGE).fetchone()
     assert row is not None
-    oldest, following, active = row
+    oldest, following, active, redo = row
     oldest = max(oldest, _FIRST_NORMAL)
     # A shutdown checkpoint has no active transactions and writes none down.
     end = active if active >= _FIRST_NORMAL else following
-    return _Range(oldest, end if (end - oldest) % _XIDS < _XIDS // 2 else oldest)
+    return _Range(oldest, end if (end - oldest) % _XIDS < _XIDS // 2 else oldest, Lsn.parse(redo))
 
 
 def _read(data: DataFiles, known: _Range) -> tuple[NDArray[np.uint8], list[Finding]]:
@@ -120,6 +129,59 @@ def _flaw(path: str, block: int, summary: str) -> Finding:
         "bring the file back from the newest clean backup and the WAL; do not create it from zeros",
         {},
     )
+
+
+def _against_wal(subject: Subject, known: _Range, status: NDArray[np.uint8]) -> Iterator[Outcome]:
+    """Commits that the WAL holds and pg_xact does not know. Without WAL the rows alone are asked."""
+    with staged_wal(subject, known.redo, LOOK_BACK_BYTES) as wal:
+        if wal is None or wal.end <= wal.start:
+            return
+        denied: list[tuple[int, Lsn]] = []
+
+        def compare(commits: list[RawCommit]) -> None:
+            if len(denied) < _MOST_FINDINGS:
+                denied.extend(_denied(commits, known, status))
+
+        programs = subject.programs or find_programs(subject.facts.major)
+        walked = walk(
+            programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes, on_commits=compare
+        )
+        wal.require_unchanged()
+    if not walked.sound:
+        yield NotChecked(
+            TransactionStatus.name, f"the WAL cannot be read from {walked.end_lsn} on: {walked.error}"
+        )
+    for xid, lsn in denied[:_MOST_FINDINGS]:
+        yield _denial(xid, lsn, known, status)
+
+
+def _denied(commits: list[RawCommit], known: _Range, status: NDArray[np.uint8]) -> Iterator[tuple[int, Lsn]]:
+    # COMMIT PREPARED names its transaction apart.
+    xids = np.array([int(prepared or xid) for xid, _, prepared, _ in commits], np.int64)
+    inside = (xids - known.oldest) % _XIDS < len(known)
+    for at in np.flatnonzero(inside & (_statuses(xids, known, status) != _COMMITTED)):
+        yield int(xids[at]), Lsn(raw_lsn(commits[at]))
+
+
+def _denial(xid: int, lsn: Lsn, known: _Range, status: NDArray[np.uint8]) -> Finding:
+    now = _WORDS[int(_statuses(np.array([xid], np.int64), known, status)[0])]
+    return Finding(
+        TransactionStatus.name,
+        Severity.CRITICAL,
+        Location(file=_file_of(xid), block=_block_of(xid), key=f"xid {xid}", lsn=lsn),
+        f"the WAL holds the commit of transaction {xid}, pg_xact says {now}",
+        "rows of this transaction that were not read before appear or vanish wrongly",
+        "compare pg_xact with a clone restored to now, and bring it back from there: knockwood recover",
+        {"xid": xid, "commit_record": str(lsn), "pg_xact_says": now, "pg_xact_file": _file_of(xid)},
+    )
+
+
+def _file_of(xid: int) -> str:
+    return f"pg_xact/{xid // (_XIDS_PER_PAGE * _PAGES):04X}"
+
+
+def _block_of(xid: int) -> int:
+    return xid // _XIDS_PER_PAGE % _PAGES
 
 
 def _against_rows(
@@ -182,7 +244,7 @@ def _contradiction(
 ) -> Finding:
     xid, block, item = int(hints.xids[at]), int(hints.blocks[at]), int(hints.items[at])
     now = int(_statuses(hints.xids[at : at + 1], known, status)[0])
-    words = ("unfinished", "committed", "aborted", "subcommitted")[now]
+    words = _WORDS[now]
     was = "committed" if hints.committed[at] else "aborted"
     place = names.location(file, block)
     return Finding(
@@ -200,7 +262,7 @@ def _contradiction(
             "column": hints.column,
             "row_says": was,
             "pg_xact_says": words,
-            "pg_xact_file": f"pg_xact/{xid // (_XIDS_PER_PAGE * _PAGES):04X}",
+            "pg_xact_file": _file_of(xid),
         },
     )
 
