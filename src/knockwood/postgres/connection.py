@@ -43,7 +43,8 @@ def translated(dsn: str | None = None) -> Iterator[None]:
     try:
         yield
     except psycopg.errors.InsufficientPrivilege as error:
-        raise MissingPrivilegeError(_line(error), where=where, hint=_grant(_line(error))) from error
+        hint = _grant(_line(error), _user(dsn))
+        raise MissingPrivilegeError(_line(error), where=where, hint=hint) from error
     except (psycopg.errors.InvalidPassword, psycopg.errors.InvalidAuthorizationSpecification) as error:
         raise AuthenticationError(
             _line(error), where=where, hint="is the role right, and its password in ~/.pgpass or PGPASSWORD?"
@@ -89,7 +90,16 @@ def _line(error: psycopg.Error) -> str:
     return lines[-1] + detail if lines else type(error).__name__
 
 
-def _grant(text: str) -> str:
+def _user(dsn: str | None) -> str:
+    """The role that a connection string names, else the one that `knockwood init` makes."""
+    try:
+        words = conninfo.conninfo_to_dict(dsn or "")
+    except psycopg.Error:
+        words = {}
+    return str(words.get("user") or "knockwood")
+
+
+def _grant(text: str, role: str) -> str:
     match = re.search(r"permission denied for (function|table|view|sequence|schema|database) (\S+)", text)
     if match:
         right = {
@@ -97,10 +107,10 @@ def _grant(text: str) -> str:
             "schema": "USAGE ON SCHEMA",
             "database": "CONNECT ON DATABASE",
         }
-        return f"GRANT {right.get(match[1], 'SELECT ON')} {match[2]} TO knockwood;"
+        return f"GRANT {right.get(match[1], 'SELECT ON')} {match[2]} TO {role};"
     if "replication" in text.lower():
-        return "ALTER ROLE knockwood REPLICATION;"
-    return "GRANT pg_monitor, pg_read_all_data TO knockwood;"
+        return f"ALTER ROLE {role} REPLICATION;"
+    return f"GRANT pg_monitor, pg_read_all_data TO {role};"
 
 
 def _shown(dsn: str) -> str:

@@ -16,6 +16,7 @@ from knockwood.errors import (
     ObjectExistsError,
     ObjectMissingError,
     RepositoryError,
+    WrongKeyError,
 )
 from knockwood.host import files
 from knockwood.model.wal import Lsn, Timeline, TimelineHistory, WalSegment
@@ -97,11 +98,12 @@ class WalArchive:
         return False
 
     def _put(self, name: str, path: Path, limit: int | None) -> bool:
-        blind = bool(self.repository.recipients) and not self.repository.identities
-        mark = f"{name.replace('wal/', 'wal/sums/', 1)}.{_digest(path, limit)}.json" if blind else ""
-        if blind and self.repository.storage.info(mark) is None:
-            # A host without an identity cannot read back what it stored: the digest, stored first, is
-            # how it knows its own content again after a crash between storing and being believed.
+        encrypted = bool(self.repository.recipients)
+        blind = encrypted and not self.repository.identities
+        mark = f"{_sums(name)}{_digest(path, limit)}.json" if encrypted else ""
+        if mark and self.repository.storage.info(mark) is None:
+            # A host without an identity cannot read back what it or another stored: the digest, stored
+            # first, is how it knows the content again after a crash between storing and being believed.
             known = self.repository.find(name) is not None
             if not known:
                 _ignore_existing(self.repository, mark, {"sha256": mark.rsplit(".", 2)[1]})
@@ -111,12 +113,18 @@ class WalArchive:
                 return True
             except ObjectExistsError:
                 pass
-        self._require_equal(name, path, limit, mark)
+        self._require_equal(name, path, limit, mark if blind else "")
         return False
 
     def _require_equal(self, name: str, path: Path, limit: int | None, mark: str) -> None:
         if mark:
             equal = self.repository.storage.info(mark) is not None
+            if not equal and not any(True for _ in self.repository.storage.list(_sums(name))):
+                raise WrongKeyError(
+                    f"{name} is stored already, and without an identity it cannot be compared",
+                    where=self.repository.storage.url,
+                    hint="set identity_file on this host until the next run has compared it",
+                )
         else:
             equal = _same(self.repository.read(self._stored(name)), files.read_chunks(path, end=limit))
         if not equal:
@@ -244,6 +252,11 @@ class WalArchive:
                 "not in the archive", where=name, hint="`knockwood verify` lists what can be restored"
             )
         return stored
+
+
+def _sums(name: str) -> str:
+    """What the names of an object's digests begin with."""
+    return f"{name.replace('wal/', 'wal/sums/', 1)}."
 
 
 def _digest(path: Path, limit: int | None) -> str:

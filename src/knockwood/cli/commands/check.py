@@ -37,7 +37,7 @@ def check(
     if list:
         return _listing()
     if max_load is not None and not max_load > 0:
-        raise UsageError("--max-load is a load average per core, more than 0", where=str(max_load))
+        raise UsageError(f"not a load per core: {max_load:g}", hint="give a number above 0, such as 0.7")
     budget = Budget(max_load, _duration(statement_timeout), _duration(lock_timeout))
     with check_progress(quiet=common.json) as progress:
         report = run_check(
@@ -50,7 +50,8 @@ def _duration(text: str) -> timedelta:
     try:
         return parse_duration(text)
     except ValueError as error:
-        raise UsageError(str(error), where=text) from error
+        what, _, hint = str(error).partition(": ")
+        raise UsageError(what, where=text, hint=hint) from error
 
 
 def _listing() -> Answer:
