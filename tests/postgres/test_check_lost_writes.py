@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fix_checks import SHOP, check, found, path_of, silent, sql, writers
+from fix_server import VERSIONS
 from knockwood.drill import faults
 from knockwood.host import privileges, processes
 from knockwood.model import Severity, Verdict
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from knockwood.postgres.server import LocalServer
 
 NAME = "lost_writes"
+NEWEST_BY_DEFAULT = pytest.mark.parametrize(
+    "every_version", [18, *(pytest.param(major, marks=pytest.mark.slow) for major in VERSIONS if major != 18)]
+)
 BIG_WAL = {"min_wal_size": "1GB", "max_wal_size": "4GB"}
 
 
@@ -25,6 +29,7 @@ def shop(new_server: ServerFactory, major: int = 18, **settings: str) -> LocalSe
     return server
 
 
+@NEWEST_BY_DEFAULT
 def test_each_kind_is_named(new_server: ServerFactory, every_version: int) -> None:
     server = shop(new_server, every_version)
     table, other, index = (path_of(server, n) for n in ("shop", "other", "shop_customer"))
@@ -87,6 +92,7 @@ def test_without_wal_nothing_is_green(new_server: ServerFactory) -> None:
     assert "no WAL" in report.not_checked[0].reason
 
 
+@pytest.mark.slow
 def test_many_blocks_are_judged_in_parts(new_server: ServerFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("knockwood.integrity.checks.lost_writes._MOST_BLOCKS", 20)
     server = shop(new_server)
@@ -114,7 +120,16 @@ create table going as select i from generate_series(1, 5000) i; truncate going; 
 """
 
 
-@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize(
+    ("every_version", "checksums"),
+    [(18, True)]
+    + [
+        pytest.param(major, checksums, marks=pytest.mark.slow)
+        for major in VERSIONS
+        for checksums in (True, False)
+        if (major, checksums) != (18, True)
+    ],
+)
 def test_healthy_work_of_every_kind_is_silent(
     new_server: ServerFactory, every_version: int, checksums: bool
 ) -> None:
@@ -143,6 +158,7 @@ def test_healthy_work_of_every_kind_is_silent(
     silent(server, NAME)
 
 
+@pytest.mark.slow
 def test_a_new_tablespace_and_database_are_silent(new_server: ServerFactory) -> None:
     server = shop(new_server)
     folder = server.data_directory.parent / "space"
@@ -168,8 +184,9 @@ def test_a_new_tablespace_and_database_are_silent(new_server: ServerFactory) -> 
     assert [f.location.block for f in found(server, NAME)] == [last]
 
 
-def test_tables_under_writers_are_silent(new_server: ServerFactory) -> None:
-    server = shop(new_server, shared_buffers="1MB")
+@NEWEST_BY_DEFAULT
+def test_tables_under_writers_are_silent(new_server: ServerFactory, every_version: int) -> None:
+    server = shop(new_server, every_version, shared_buffers="1MB")
     sql(server, "create index shop_hash on shop using hash (customer)")
     with writers(server):
         for _ in range(6):

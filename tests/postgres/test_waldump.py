@@ -71,8 +71,10 @@ def test_commits_of_every_kind_are_read(
     assert commit_of(server.programs, folder, ONE, child[0], start, end, SIZE) == found.commits[0]
     assert commit_of(server.programs, folder, ONE, prepared[0], start, end, SIZE) == found.commits[1]
     assert commit_of(server.programs, folder, ONE, 4_000_000, start, end, SIZE) is None
-    references = list(block_references(server.programs, folder, ONE, start, end, SIZE))
-    assert any((r.relation, r.fork, r.block, r.rmgr) == (oid[1], "main", 0, "Heap") for r in references)
+    stretches = block_references(server.programs, folder, ONE, start, end, SIZE)
+    references = [reference for stretch in stretches for reference in stretch]
+    assert any((r.fork[2:], r.block, r.image) == ((oid[1], "main"), 0, False) for r in references)
+    assert all(r.following is None or r.lsn < r.following <= end.value for r in references)
     assert [r.lsn for r in references] == sorted(r.lsn for r in references)
     kinds = {event.kind for event in relation_events(server.programs, folder, ONE, start, end, SIZE)}
     assert {"create", "drop"} <= kinds

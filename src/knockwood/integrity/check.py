@@ -53,7 +53,8 @@ class Budget:
 @dataclass(frozen=True, slots=True)
 class Subject:
     """The server under examination. `data_directory` is None without local reach; then what needs files is
-    not checked. `repository` and `programs` are None where there is none."""
+    not checked. `repository` and `programs` are None where there is none. `state` is the folder where this
+    machine remembers what need not be looked at twice; without it everything is."""
 
     cluster: str
     dsn: str
@@ -64,6 +65,7 @@ class Subject:
     programs: Programs | None = None
     invariants: tuple[Invariant, ...] = ()
     budget: Budget = field(default_factory=Budget)
+    state: Path | None = None
 
     def connect(self, database: str | None = None) -> Connection:
         """A connection under the budget's timeouts, with a fixed search_path; close it yourself."""

@@ -9,14 +9,17 @@ next one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from knockwood.model import Lsn
-from knockwood.postgres.walrefs import BlockReference, RelationEvent
+import numpy as np
+from numpy.typing import NDArray
 
-_NO_LIMIT: Final = 1 << 64
+from knockwood.model import Lsn
+from knockwood.postgres.walrefs import BlockReference, Fork, Kind, RelationEvent
+
+_NO_LIMIT: Final = (1 << 64) - 1
 # A GiST index built by sorting logs its pages and keeps this LSN on them (up to 16).
 _GIST_BUILD_LSN: Final = 1
 
@@ -26,8 +29,21 @@ _PERHAPS_UNCHANGED: Final = frozenset(
     {("Hash", "DELETE"), ("Hash", "SQUEEZE_PAGE"), ("Hash", "MOVE_PAGE_CONTENTS")}
 )
 
-Fork = tuple[int, int, int, str]
-"""Tablespace, database, relation file number, fork."""
+MANAGERS: Final = frozenset({"Hash", "Heap2"})
+"""The resource managers of which some records may leave a page's LSN as it was."""
+
+_ROW: Final = np.dtype(
+    [("fork", "<u4"), ("block", "<u4"), ("start", "<u8"), ("limit", "<u8"), ("image", "?"), ("unsure", "?")]
+)
+_PENDING: Final = 200_000
+
+
+def may_keep_lsn(kind: Kind, fork: str, hints_are_logged: bool) -> bool:
+    """Whether a record of this kind (of one of MANAGERS) may leave the page's LSN as it was."""
+    if kind in _PERHAPS_UNCHANGED:
+        return True
+    # Without checksums and wal_log_hints setting a page all visible does not change its LSN.
+    return kind == ("Heap2", "VISIBLE") and fork == "main" and not hints_are_logged
 
 
 @dataclass(slots=True)
@@ -44,48 +60,85 @@ class Expectation:
     unsure: bool = False
 
 
+class Expected:
+    """The last changes of some blocks of one fork, as columns in the order of the blocks."""
+
+    def __init__(self, rows: NDArray[np.void]) -> None:
+        self._rows = rows
+        self.blocks: NDArray[np.uint32] = rows["block"]
+
+    def __getitem__(self, at: int) -> Expectation:
+        row = self._rows[at]
+        return Expectation(int(row["start"]), int(row["limit"]), bool(row["image"]), bool(row["unsure"]))
+
+    def part(self, begin: int, end: int) -> Expected:
+        return Expected(self._rows[begin:end])
+
+    def doubtful(self, lsns: NDArray[np.uint64], until: Lsn, now: Lsn) -> NDArray[np.intp]:
+        """The pages that `judge` could find fault with; `lsns` are theirs, 0 for a zero or missing page."""
+        start, limit = self._rows["start"], self._rows["limit"]
+        foreign = (limit < lsns) & (lsns < np.uint64(until.value)) & ~self._rows["unsure"]
+        return np.flatnonzero((lsns <= start) | (lsns > np.uint64(now.value)) | foreign)
+
+
 class Expectations:
-    """The last change of every block that a stretch of WAL touched."""
+    """The last change of every block that a stretch of WAL touched: 26 bytes for each."""
 
-    def __init__(self, hints_are_logged: bool) -> None:
-        self.blocks: dict[Fork, dict[int, Expectation]] = {}
-        self.count = 0
-        self._hints_are_logged = hints_are_logged
-        self._open: list[Expectation] = []
-        self._open_at = -1
+    def __init__(self) -> None:
+        self._numbers: dict[Fork, int] = {}
+        self._pending: list[tuple[int, int, int, int, bool, bool]] = []
+        self._rows: NDArray[np.void] = np.empty(0, _ROW)
 
-    def add(self, reference: BlockReference) -> None:
-        """Take the next reference; they come in the order of the WAL."""
-        if reference.lsn != self._open_at:
-            for expectation in self._open:
-                expectation.limit = reference.lsn
-            self._open.clear()
-            self._open_at = reference.lsn
-        if reference.fork == "fsm":  # written without WAL for the most part
+    @property
+    def count(self) -> int:
+        """How many blocks are remembered, at most: those just added may be the same ones."""
+        return len(self._rows) + len(self._pending)
+
+    def add(self, references: Iterable[BlockReference]) -> None:
+        """Take the next references, in the order of the WAL; those told apart are of `may_keep_lsn`."""
+        numbers, pending = self._numbers, self._pending
+        for lsn, following, fork, block, image, apart in references:
+            if fork[3] == "fsm":  # written without WAL for the most part
+                continue
+            number = numbers.setdefault(fork, len(numbers))
+            pending.append((number, block, lsn, _NO_LIMIT if following is None else following, image, apart))
+        if len(pending) >= _PENDING:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Keep the last change of each block, unsure if one came later that may be none."""
+        if not self._pending:
             return
-        fork = (reference.tablespace, reference.database, reference.relation, reference.fork)
-        known = self.blocks.setdefault(fork, {})
-        if self._keeps_lsn(reference):
-            if reference.block in known:
-                known[reference.block].unsure = True
-            return
-        self.count += reference.block not in known
-        fresh = Expectation(reference.lsn, _NO_LIMIT, reference.rmgr == "XLOG")
-        known[reference.block] = fresh
-        self._open.append(fresh)
+        rows = np.concatenate([self._rows, np.array(self._pending, _ROW)])
+        # What is pending marks with `unsure` a record that may have changed nothing; the rest are changes.
+        perhaps = rows["unsure"].copy()
+        perhaps[: len(self._rows)] = False
+        self._pending.clear()
+        order = np.lexsort((perhaps, rows["start"], rows["block"], rows["fork"]))
+        rows, perhaps = rows[order], perhaps[order]
+        new = np.ones(len(rows), np.bool_)
+        new[1:] = (rows["fork"][1:] != rows["fork"][:-1]) | (rows["block"][1:] != rows["block"][:-1])
+        begins = np.flatnonzero(new)
+        ends = np.append(begins[1:], len(rows)) - 1
+        change = np.maximum.reduceat(np.where(perhaps, -1, np.arange(len(rows))), begins)
+        known = change >= 0
+        kept = rows[change[known]]
+        kept["unsure"] |= change[known] < ends[known]
+        self._rows = kept
 
-    def _keeps_lsn(self, reference: BlockReference) -> bool:
-        if (reference.rmgr, reference.operation) in _PERHAPS_UNCHANGED:
-            return True
-        # Without checksums and wal_log_hints setting a page all visible does not change its LSN.
-        visible = reference.rmgr == "Heap2" and reference.operation == "VISIBLE"
-        return visible and reference.fork == "main" and not self._hints_are_logged
+    def by_fork(self) -> Iterator[tuple[Fork, Expected]]:
+        """The blocks of each fork, in order of the forks."""
+        self._settle()
+        for fork, number in sorted(self._numbers.items()):
+            begin, end = np.searchsorted(self._rows["fork"], (number, number + 1))
+            if begin < end:
+                yield fork, Expected(self._rows[begin:end])
 
     def clear(self) -> None:
         """Forget all, to bound memory; what comes later is judged by itself."""
-        self.blocks.clear()
-        self._open.clear()
-        self.count = 0
+        self._settle()
+        self._numbers.clear()
+        self._rows = np.empty(0, _ROW)
 
 
 @dataclass(frozen=True, slots=True)

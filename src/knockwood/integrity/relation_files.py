@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,10 @@ class DataFiles(Protocol):
         """Up to `length` bytes; fewer at the end of the file, none beyond it or if it is gone."""
         ...
 
+    def heads(self, path: str, pages: Sequence[int], length: int) -> list[bytes]:
+        """The first `length` bytes of each of these pages of a file; none beyond its end or if it is gone."""
+        ...
+
     def exists(self, path: str) -> bool: ...
 
 
@@ -136,6 +140,17 @@ class LocalFiles:
             finally:
                 os.close(handle)
 
+    def heads(self, path: str, pages: Sequence[int], length: int) -> list[bytes]:
+        with host_files.translated(self.root / path):
+            try:
+                handle = os.open(self.root / path, os.O_RDONLY | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                return [b""] * len(pages)
+            try:
+                return [os.pread(handle, length, page * PAGE_BYTES) for page in pages]
+            finally:
+                os.close(handle)
+
     def exists(self, path: str) -> bool:
         return (self.root / path).exists()
 
@@ -179,6 +194,16 @@ class ServerFiles:
                 "select pg_catalog.pg_read_binary_file(%s, %s, %s, true)", [path, offset, length], binary=True
             ).fetchone()
         return bytes(row[0]) if row and row[0] is not None else b""
+
+    def heads(self, path: str, pages: Sequence[int], length: int) -> list[bytes]:
+        with translated():
+            rows = self.connection.execute(
+                "select pg_catalog.pg_read_binary_file(%s, page * %s, %s, true)"
+                " from unnest(%s::int8[]) with ordinality as wanted (page, place) order by place",
+                [path, PAGE_BYTES, length, list(pages)],
+                binary=True,
+            ).fetchall()
+        return [bytes(row[0]) if row[0] is not None else b"" for row in rows]
 
     def exists(self, path: str) -> bool:
         with translated():

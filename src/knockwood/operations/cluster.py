@@ -104,4 +104,5 @@ class Cluster:
             programs=self.programs(facts.major),
             invariants=self.invariants(),
             budget=budget,
+            state=self.state,
         )

@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from knockwood.integrity.audited import Memory, Span, without
 from knockwood.integrity.budget import pace
 from knockwood.integrity.catalog import Names, stake
-from knockwood.integrity.check import NotChecked, Outcome, Subject, Weight
-from knockwood.integrity.page_audit import Deviation, Expectations, Fork, explained, judge
+from knockwood.integrity.check import NotChecked, Outcome, Role, Subject, Weight
+from knockwood.integrity.page_audit import (
+    MANAGERS,
+    Deviation,
+    Expectations,
+    Expected,
+    explained,
+    judge,
+    may_keep_lsn,
+)
 from knockwood.integrity.relation_files import DataFiles, RelationFile, data_files, listing
 from knockwood.integrity.staged_wal import StagedWal, staged_wal
 from knockwood.model import Finding, Lsn, Severity
 from knockwood.postgres import walrefs
 from knockwood.postgres.binaries import Programs, find_programs
-from knockwood.postgres.connection import translated
+from knockwood.postgres.connection import Connection, translated
 from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES, bad_pages
+from knockwood.postgres.waldump import first_record
+from knockwood.postgres.walrefs import Fork
 
 LOOK_BACK_BYTES: Final = 1 << 30
-"""WAL one run reads back from the last checkpoint."""
+"""WAL before the last checkpoint that the check answers for."""
 
-_MOST_BLOCKS: Final = 300_000
-"""Blocks remembered at once (about 100 MB of memory)."""
+RUN_BYTES: Final = 1 << 28
+"""WAL one run reads on a server in use; on a clone it reads all of the above at once."""
 
-_RUN_BLOCKS: Final = 256
-_RUN_GAP: Final = 8
+_MOST_BLOCKS: Final = 1_000_000
+"""Blocks remembered at once (about 100 MB of memory while they are sorted)."""
+
+_BATCH: Final = 4096
 
 _WORDS: Final = {
     "stale": "an old image of the page is on disk: a write was lost",
@@ -47,92 +60,210 @@ class LostWrites:
     weight = Weight.LIGHT
 
     def run(self, subject: Subject) -> Iterator[Outcome]:
-        with data_files(subject) as data:
-            redo = _redo(subject)
-            with staged_wal(subject, redo, LOOK_BACK_BYTES) as wal:
+        with data_files(subject) as data, subject.connect() as connection:
+            memory = Memory.of(subject)
+            run = _Run(subject, data, connection, _redo(connection), memory.load())
+            clean = True
+            for outcome in run.outcomes():
+                clean = False
+                yield outcome
+            if not run.read:
+                yield NotChecked(
+                    self.name,
+                    "there is no WAL to compare with: neither the server's pg_wal can be read nor is there"
+                    " a repository with WAL of this timeline up to its last checkpoint",
+                )
+                return
+            # WAL that showed damage is read again, so that the next run shows it too.
+            if clean:
+                memory.save([*run.held, *run.read], run.floor)
+            yield from run.unread()
+
+
+@dataclass(slots=True)
+class _Run:
+    """Which WAL to read, newest first, within the bound of one run; what was read and what was not."""
+
+    subject: Subject
+    data: DataFiles
+    connection: Connection
+    redo: Lsn
+    held: list[Span]
+    read: list[Span] = field(default_factory=list)
+    missed: list[tuple[Span, str]] = field(default_factory=list)
+
+    @property
+    def floor(self) -> Lsn:
+        """The start of the WAL this run answers for: back to what the last one held, at the least."""
+        floor = Lsn(max(self.redo.value - LOOK_BACK_BYTES, 0))
+        return min([floor, *(end for _, end in self.held[-1:])])
+
+    def outcomes(self) -> Iterator[Outcome]:
+        size = self.subject.facts.segment_bytes
+        most = LOOK_BACK_BYTES if self.subject.role is Role.CLONE else max(RUN_BYTES, 2 * size)
+        left = most
+        spans = without((self.floor, self.redo), self.held)
+        if self.held and self.held[-1][1] >= self.redo:  # no checkpoint since the last run
+            self.read.append((self.redo, self.redo))
+        for start, end in reversed(spans):
+            if left < size and self.read:
+                self.missed.append(((start, end), f"one run reads {most >> 20} MB"))
+                continue
+            with staged_wal(self.subject, end, left, since=start) as wal:
                 if wal is None or wal.end <= wal.start:
-                    yield NotChecked(
-                        self.name,
-                        "there is no WAL to compare with: neither the server's pg_wal can be read"
-                        " nor is there a repository with WAL of this timeline up to its last checkpoint",
-                    )
-                    return
-                yield from _Audit(subject, data, wal).run()
+                    self.missed.append(((start, end), "it is neither in pg_wal nor in the repository"))
+                    continue
+                begin = self._begin(start, wal)
+                if begin >= wal.end:  # all that is left is the end of a record that began before
+                    self.missed.append(((start, end), "it is no longer there"))
+                    continue
+                left -= wal.end - wal.start
+                self._note((start, end), (begin, wal.end), most, bounded=left < size)
+                yield from _Audit(self.subject, self.data, self.connection, wal).run()
+
+    def _note(self, wanted: Span, read: Span, most: int, *, bounded: bool) -> None:
+        self.read.append(read)
+        if wanted[0] < read[0]:
+            reason = f"one run reads {most >> 20} MB" if bounded else "it is no longer there"
+            self.missed.append(((wanted[0], read[0]), reason))
+        if wanted[1] - read[1] > self.subject.facts.segment_bytes:
+            self.missed.append(((read[1], wanted[1]), "it is not archived yet"))
+
+    def _begin(self, start: Lsn, wal: StagedWal) -> Lsn:
+        """Where the WAL begins that can be read: a record that crosses into the first segment cannot.
+
+        It belongs to what is left for the next run, which reads up to here.
+        """
+        if wal.start <= start:
+            return wal.start
+        programs = self.subject.programs or find_programs(self.subject.facts.major)
+        first = first_record(programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes)
+        return first if first is not None else wal.end
+
+    def unread(self) -> Iterator[NotChecked]:
+        """What this run answers for and did not read; never is it passed over in silence."""
+        ends = {end for _, end in self.held}
+        for (start, end), reason in self.missed:
+            # Below all that was ever read, nothing is promised but what the server still keeps.
+            if start == self.floor and start not in ends and not self._exists(end):
+                continue
+            yield NotChecked(
+                LostWrites.name,
+                f"WAL from {start} to {end} was not compared with the disk: {reason};"
+                " the next run goes on with what is still there",
+            )
+
+    def _exists(self, before: Lsn) -> bool:
+        """Whether there is WAL of the segment before the one that holds this position."""
+        size = self.subject.facts.segment_bytes
+        border = Lsn(before.value // size * size)
+        if border <= self.floor:
+            return before > self.floor
+        with staged_wal(self.subject, border, size) as wal:
+            return wal is not None and wal.end == border
 
 
-def _redo(subject: Subject) -> Lsn:
+def _text(connection: Connection, query: str) -> str:
+    with translated():
+        row = connection.execute(query).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def _redo(connection: Connection) -> Lsn:
     """Up to here every change is on disk: the redo position of the last completed checkpoint."""
-    with subject.connect() as connection, translated():
-        row = connection.execute("select redo_lsn::text from pg_catalog.pg_control_checkpoint()").fetchone()
-    assert row is not None
-    return Lsn.parse(row[0])
+    return Lsn.parse(_text(connection, "select redo_lsn::text from pg_catalog.pg_control_checkpoint()"))
 
 
-def _now(subject: Subject) -> Lsn:
+def _now(connection: Connection) -> Lsn:
     """The end of the WAL that is on disk: no page there is younger, no truncation was made without it."""
-    with subject.connect() as connection, translated():
-        row = connection.execute(
+    return Lsn.parse(
+        _text(
+            connection,
             "select case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn()"
-            " else pg_catalog.pg_current_wal_flush_lsn() end::text"
-        ).fetchone()
-    assert row is not None
-    return Lsn.parse(row[0])
-
-
-def _hints_are_logged(subject: Subject) -> bool:
-    with subject.connect() as connection, translated():
-        row = connection.execute("select pg_catalog.current_setting('wal_log_hints') = 'on'").fetchone()
-    return subject.facts.checksums or bool(row and row[0])
-
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    """A page as read: `lsn` is None for one that is zero or missing."""
-
-    block: int
-    lsn: Lsn | None
-    missing: bool
+            " else pg_catalog.pg_current_wal_flush_lsn() end::text",
+        )
+    )
 
 
 class _Audit:
-    def __init__(self, subject: Subject, data: DataFiles, wal: StagedWal) -> None:
+    def __init__(self, subject: Subject, data: DataFiles, connection: Connection, wal: StagedWal) -> None:
         self.subject = subject
         self.data = data
+        self.connection = connection
         self.wal = wal
         self.programs: Programs = subject.programs or find_programs(subject.facts.major)
         self.files = _by_fork(listing(data))
 
     def run(self) -> Iterator[Outcome]:
         suspects: list[Deviation] = []
-        expected = Expectations(_hints_are_logged(self.subject))
+        expected = Expectations()
         wal = self.wal
-        for reference in walrefs.block_references(
-            self.programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes
-        ):
+        logged = (
+            self.subject.facts.checksums
+            or _text(self.connection, "select pg_catalog.current_setting('wal_log_hints')") == "on"
+        )
+        for stretch in walrefs.block_references(
+            self.programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes,
+            apart=lambda kind, fork: may_keep_lsn(kind, fork, logged), apart_managers=MANAGERS,
+        ):  # fmt: skip
+            pace(self.subject)
+            expected.add(stretch)
             if expected.count >= _MOST_BLOCKS:
                 # A block may be touched again later, so its last record is not known yet.
                 suspects += self._compare(expected, final=False)
                 expected.clear()
-            expected.add(reference)
         wal.require_unchanged()
         suspects += self._compare(expected, final=True)
         yield from self._confirmed(suspects)
 
     def _compare(self, expected: Expectations, *, final: bool) -> list[Deviation]:
         found: list[Deviation] = []
-        for fork, blocks in sorted(expected.blocks.items()):
+        until = self.wal.end if final else Lsn(0)
+        for fork, blocks in expected.by_fork():
             segments = self.files.get(fork)
-            if segments is None:  # dropped since, or lost: segment_files compares with pg_class
-                continue
-            pace(self.subject)
-            pages = list(_pages(self.data, segments, sorted(blocks), self.subject.facts.checksums))
-            now = _now(self.subject)
-            until = self.wal.end if final else Lsn(0)
-            for page in pages:
-                deviation = judge(fork, page.block, blocks[page.block], page.lsn, page.missing, until, now)
-                if deviation is not None:
-                    found.append(deviation)
+            if segments is not None:  # else dropped since, or lost: segment_files compares with pg_class
+                found += self._fork(fork, segments, blocks, until)
         return found
+
+    def _fork(
+        self, fork: Fork, segments: dict[int, RelationFile], expected: Expected, until: Lsn
+    ) -> Iterator[Deviation]:
+        # A segment may have come since the listing: its name follows from the first one's.
+        some = segments[min(segments)]
+        stem = some.relation_path + ("" if some.fork == "main" else f"_{some.fork}")
+        for begin in range(0, len(expected.blocks), _BATCH):
+            pace(self.subject)
+            batch = expected.part(begin, begin + _BATCH)
+            lsns = self._lsns(stem, batch)
+            now = _now(self.connection)
+            for at in batch.doubtful(lsns, until, now):
+                block = int(batch.blocks[at])
+                # A page may be written while it is read: what counts is what a second look shows.
+                image = self._page(stem, block)
+                if bad_pages(image, block, self.subject.facts.checksums):
+                    continue  # page_checksums names it
+                lsn = _lsn_of(image) if any(image) else None
+                now = _now(self.connection)
+                deviation = judge(fork, block, batch[at], lsn, len(image) < PAGE_BYTES, until, now)
+                if deviation is not None:
+                    yield deviation
+
+    def _lsns(self, stem: str, batch: Expected) -> NDArray[np.uint64]:
+        """The pages' LSNs, 0 for those beyond the end of the file."""
+        heads: list[bytes] = []
+        numbers = batch.blocks // SEGMENT_PAGES
+        for segment in np.unique(numbers):
+            pages = (batch.blocks[numbers == segment] % SEGMENT_PAGES).tolist()
+            heads += self.data.heads(_path(stem, int(segment)), pages, 8)
+        words = np.frombuffer(b"".join(head.ljust(8, b"\0")[:8] for head in heads), "<u4").reshape(-1, 2)
+        return words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1].astype(np.uint64)
+
+    def _page(self, stem: str, block: int) -> bytes:
+        """One page, or nothing where the file ends before its end."""
+        segment, page = divmod(block, SEGMENT_PAGES)
+        image = self.data.read(_path(stem, segment), page * PAGE_BYTES, PAGE_BYTES)
+        return image if len(image) == PAGE_BYTES else b""
 
     def _confirmed(self, suspects: list[Deviation]) -> Iterator[Outcome]:
         """A truncated or dropped table explains missing and zero pages, also one of a moment ago."""
@@ -141,7 +272,7 @@ class _Audit:
         open_ones = [s for s in suspects if s.may_be_explained]
         certain = [s for s in suspects if not s.may_be_explained]
         if open_ones:
-            now = _now(self.subject)
+            now = _now(self.connection)
             reach = LOOK_BACK_BYTES + (now - self.wal.start)
             with staged_wal(self.subject, now, reach, since=self.wal.start) as wal:
                 if wal is None or wal.end < now or wal.start > self.wal.start:
@@ -201,46 +332,12 @@ def _by_fork(files: list[RelationFile]) -> dict[Fork, dict[int, RelationFile]]:
     return found
 
 
-def _pages(
-    data: DataFiles, segments: dict[int, RelationFile], blocks: list[int], checksums: bool
-) -> Iterator[_Page]:
-    """The pages of these blocks (sorted), neighbours read together; page_checksums names the unreadable."""
-    run: list[int] = []
-    for block in blocks:
-        together = (
-            run
-            and block - run[-1] <= _RUN_GAP
-            and block - run[0] < _RUN_BLOCKS
-            and block // SEGMENT_PAGES == run[0] // SEGMENT_PAGES
-        )
-        if run and not together:
-            yield from _run(data, segments, run, checksums)
-            run = []
-        run.append(block)
-    if run:
-        yield from _run(data, segments, run, checksums)
+def _path(stem: str, segment: int) -> str:
+    return stem + (f".{segment}" if segment else "")
 
 
-def _run(
-    data: DataFiles, segments: dict[int, RelationFile], run: list[int], checksums: bool
-) -> Iterator[_Page]:
-    # A segment may have come since the listing: its name follows from the first one's.
-    segment, first = divmod(run[0], SEGMENT_PAGES)
-    some = segments[min(segments)]
-    suffix = "" if some.fork == "main" else f"_{some.fork}"
-    path = f"{some.relation_path}{suffix}" + (f".{segment}" if segment else "")
-    image = data.read(path, first * PAGE_BYTES, (run[-1] - run[0] + 1) * PAGE_BYTES)
-    whole = memoryview(image)[: len(image) - len(image) % PAGE_BYTES]
-    bad = {block for block, _ in bad_pages(whole, run[0], checksums)}
-    words = np.frombuffer(whole, "<u4").reshape(-1, PAGE_BYTES // 4)
-    used: NDArray[np.bool_] = np.any(words, axis=1)
-    for block in run:
-        at = block - run[0]
-        if at >= len(words):
-            yield _Page(block, None, True)
-        elif block not in bad:
-            lsn = Lsn(int(words[at, 0]) << 32 | int(words[at, 1])) if used[at] else None
-            yield _Page(block, lsn, False)
+def _lsn_of(page: bytes) -> Lsn:
+    return Lsn(int.from_bytes(page[:4], "little") << 32 | int.from_bytes(page[4:8], "little"))
 
 
 CHECK = LostWrites()

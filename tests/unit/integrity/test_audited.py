@@ -1,0 +1,46 @@
+"""Which WAL is left to look at, when some of it has been."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knockwood.integrity.audited import Memory, united, without
+from knockwood.model import Lsn
+
+SPANS = st.lists(
+    st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda p: (Lsn(min(p)), Lsn(max(p)))), max_size=6
+)
+
+
+def positions(spans: list[tuple[Lsn, Lsn]]) -> set[int]:
+    return {at for start, end in spans for at in range(start.value, end.value)}
+
+
+@given(SPANS)
+def test_united_spans_hold_the_same_wal_once(spans: list[tuple[Lsn, Lsn]]) -> None:
+    result = united(spans)
+    assert positions(result) == positions(spans)
+    assert all(a[1] < b[0] for a, b in pairwise(result))
+
+
+@given(st.integers(0, 15), st.integers(15, 30), SPANS)
+def test_what_is_left_is_exactly_what_no_span_holds(
+    start: int, end: int, spans: list[tuple[Lsn, Lsn]]
+) -> None:
+    left = without((Lsn(start), Lsn(end)), spans)
+    assert positions(left) == set(range(start, end)) - positions(spans)
+    assert left == sorted(left)
+
+
+def test_only_the_same_run_of_the_server_is_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "audited" / "1.json"
+    memory = Memory(path, "boot 1")
+    memory.save([(Lsn(10), Lsn(20)), (Lsn(20), Lsn(30)), (Lsn(1), Lsn(2))], Lsn(5))
+    assert memory.load() == [(Lsn(10), Lsn(30))]
+    assert Memory(path, "boot 2").load() == []
+    path.write_text('{"identity": "boot 1", "held": [["zz"]]}')
+    assert memory.load() == []
