@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from knockwood.errors import HostError, NoSpaceError, ObjectExistsError
+from knockwood.host import clock
 
 Chunk = bytes | bytearray | memoryview
 
@@ -20,6 +21,7 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _SYNC_FILE_RANGE_WRITE = 2
 _FLUSH_BYTES = 8 << 20
+_REMOVALS = 100
 
 
 def fsync_file(path: Path) -> None:
@@ -155,8 +157,24 @@ def require_space(path: Path, wanted: int, purpose: str) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder of ours and all in it; nothing happens where there is none."""
-    shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+    """Remove a folder of ours and all in it; nothing happens where there is none.
+
+    The children of a server that was just stopped end at once but not in the same instant: one may still
+    write a file. So a folder that fills again is emptied again, for a few seconds.
+    """
+    for attempt in range(_REMOVALS):
+        if not path.exists():
+            return
+        try:
+            shutil.rmtree(path)
+            return
+        except OSError as error:
+            passing = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+            if not passing or attempt == _REMOVALS - 1:
+                # Deep down the system names files by the number of an open folder.
+                error.filename = str(path)
+                raise
+        clock.sleep(0.05)
 
 
 @contextmanager

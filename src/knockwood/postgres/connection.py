@@ -43,8 +43,7 @@ def translated(dsn: str | None = None) -> Iterator[None]:
     try:
         yield
     except psycopg.errors.InsufficientPrivilege as error:
-        hint = _grant(_line(error), _user(dsn))
-        raise MissingPrivilegeError(_line(error), where=where, hint=hint) from error
+        raise MissingPrivilegeError(_line(error), where=where, hint=grant(_line(error), dsn)) from error
     except (psycopg.errors.InvalidPassword, psycopg.errors.InvalidAuthorizationSpecification) as error:
         raise AuthenticationError(
             _line(error), where=where, hint="is the role right, and its password in ~/.pgpass or PGPASSWORD?"
@@ -99,7 +98,9 @@ def _user(dsn: str | None) -> str:
     return str(words.get("user") or "knockwood")
 
 
-def _grant(text: str, role: str) -> str:
+def grant(text: str, dsn: str | None = None) -> str:
+    """The SQL that gives the right which the server's message says is lacking to the role of `dsn`."""
+    role = _user(dsn)
     match = re.search(r"permission denied for (function|table|view|sequence|schema|database) (\S+)", text)
     if match:
         right = {

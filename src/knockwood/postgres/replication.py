@@ -16,10 +16,9 @@ from knockwood.errors import MissingPrivilegeError, PostgresError, ServerDownErr
 from knockwood.host.files import Chunk
 from knockwood.model import Lsn, Timeline
 from knockwood.postgres.binaries import SUPPORTED
-from knockwood.postgres.connection import translated, with_words
+from knockwood.postgres.connection import grant, translated, with_words
 
 _MAIN_ARCHIVE = "base.tar"
-_GRANT = "ALTER ROLE knockwood REPLICATION;"
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +282,7 @@ class ReplicationConnection:
             if isinstance(error, psycopg.errors.InsufficientPrivilege) and "replication" in text.lower():
                 raise MissingPrivilegeError(
                     text.strip().splitlines()[0].removeprefix("ERROR:").strip(),
-                    hint=_GRANT,
+                    hint=grant(text, self._dsn),
                 )
             with translated(self._dsn):
                 raise error
@@ -311,7 +310,7 @@ class ReplicationConnection:
 def _raise_refusal(message: str, dsn: str) -> NoReturn:
     lines = [line for line in message.splitlines() if not line.startswith(("DETAIL:", "HINT:"))]
     if "REPLICATION attribute" in message or "must be superuser or replication role" in message:
-        raise MissingPrivilegeError(lines[-1].rpartition("FATAL:")[2].strip(), hint=_GRANT)
+        raise MissingPrivilegeError(lines[-1].rpartition("FATAL:")[2].strip(), hint=grant(message, dsn))
     with translated(dsn):
         raise psycopg.OperationalError(lines[-1] if lines else message)
     raise ServerDownError(message)
