@@ -97,6 +97,9 @@ def run(
         raise ProgramFailedError(f"did not end within {timeout:.0f} s", where=str(command[0])) from error
     finally:
         stop(child, grace=0)
+        for pipe in (child.stdout, child.stderr):
+            if pipe is not None:
+                pipe.close()
     done = Completed(child.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
     if check and done.status != 0:
         last = " / ".join((done.err.strip() or done.out.strip()).splitlines()[-3:])
