@@ -59,16 +59,24 @@ class Protected:
 
 
 @contextmanager
-def protected(server: LocalServer, folder: Path) -> Iterator[Protected]:
-    """Protect a running server; its table t is there, and empty."""
+def protected(
+    server: LocalServer, folder: Path, partial_every: float = 3600, **keys: tuple[str, ...]
+) -> Iterator[Protected]:
+    """Protect a running server; its table t is there, and empty. `keys` are the repository's, if any.
+
+    Partial segments are stored by `flush` only, unless asked for, so that none is replaced while a test reads it.
+    """
     folder.mkdir()
     privileges.give(folder, server.account)
     with connect(server.dsn()) as connection:
         connection.execute("create table t (a bigint primary key)")
-    repository = new_repository(server, folder / "repository")
-    # Partial segments are stored by `flush` only, so that none is replaced while a test reads it.
+    repository = new_repository(server, folder / "repository", **keys)
     receiver = Receiver(
-        repository, server.dsn(), folder / "receiver", programs=server.programs, partial_every=3600
+        repository,
+        server.dsn(),
+        folder / "receiver",
+        programs=server.programs,
+        partial_every=partial_every,
     )
     with receiving(receiver):
         yield Protected(server, repository, receiver, folder)

@@ -17,8 +17,10 @@ from knockwood.repository.repository import Repository
 from knockwood.repository.storage import open_storage
 
 
-def new_repository(server: LocalServer, folder: Path) -> Repository:
-    """A repository on a local folder for a running server."""
+def new_repository(
+    server: LocalServer, folder: Path, *, recipients: tuple[str, ...] = (), identities: tuple[str, ...] = ()
+) -> Repository:
+    """A repository on a local folder for a running server; with recipients it encrypts."""
     with connect(server.dsn()) as connection:
         facts = server_facts(connection)
     return Repository.create(
@@ -26,6 +28,8 @@ def new_repository(server: LocalServer, folder: Path) -> Repository:
         cluster="shop",
         system_identifier=facts.system_identifier,
         segment_bytes=facts.segment_bytes,
+        recipients=recipients,
+        identities=identities,
     )
 
 

@@ -11,7 +11,7 @@ from knockwood.errors import KnockwoodError
 from knockwood.host import clock, privileges
 from knockwood.model import Lsn, Timeline
 from knockwood.postgres.binaries import Programs
-from knockwood.postgres.connection import ServerFacts
+from knockwood.postgres.connection import ServerFacts, connect, translated
 from knockwood.postgres.waldump import walk
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.repository import Repository
@@ -63,6 +63,14 @@ class ArchiveWatch:
             raise self.error
 
 
+def commits_of(
+    dsn: str, programs: Programs, data_directory: Path | None, facts: ServerFacts, start: Lsn, end: Lsn
+) -> int | None:
+    """A server's commits from `start` up to `end`, from its files or through SQL; None if by neither."""
+    found = commits_between(programs, data_directory, facts, start, end) if data_directory else None
+    return commits_by_sql(dsn, start, end) if found is None else found
+
+
 def commits_between(
     programs: Programs, data_directory: Path, facts: ServerFacts, start: Lsn, end: Lsn
 ) -> int | None:
@@ -86,3 +94,26 @@ def commits_between(
     if found.end_lsn < end and not found.sound:
         return None
     return sum(start <= commit.lsn < end for commit in found.commits)
+
+
+def commits_by_sql(dsn: str, start: Lsn, end: Lsn) -> int | None:
+    """The same, asked of the server; None where it lacks the extension pg_walinspect (15+), the role the
+    right to use it, or the server that WAL."""
+    try:
+        with connect(dsn) as connection, translated():
+            row = connection.execute(
+                "select pg_catalog.quote_ident(n.nspname) from pg_catalog.pg_extension e"
+                " join pg_catalog.pg_namespace n on n.oid = e.extnamespace where e.extname = 'pg_walinspect'"
+            ).fetchone()
+            if row is None:
+                return None
+            # A prepared transaction commits by a record of its own kind.
+            [(count,)] = connection.execute(
+                f"select pg_catalog.count(*) from {row[0]}.pg_get_wal_records_info(%s, %s)"
+                " where resource_manager = 'Transaction' and record_type like 'COMMIT%%'"
+                " and start_lsn >= %s::pg_catalog.pg_lsn and start_lsn < %s::pg_catalog.pg_lsn".encode(),
+                [str(start), str(end), str(start), str(end)],
+            ).fetchall()
+    except KnockwoodError:
+        return None
+    return int(count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -31,16 +31,17 @@ from knockwood.integrity.check import Invariant
 from knockwood.integrity.compare import Comparison, compare
 from knockwood.integrity.primary_state import PrimaryState, primary_state
 from knockwood.integrity.run import Report
-from knockwood.model import Claim, Lsn, Proof, Verdict, worst
+from knockwood.model import Claim, Commit, Lsn, Proof, Timeline, Verdict
 from knockwood.operations.examination import examine, names_for_a_clone
-from knockwood.operations.lag import POLL, ArchiveWatch, commits_between
+from knockwood.operations.lag import POLL, ArchiveWatch, commits_of
+from knockwood.operations.proof_claims import backup_health, some, verified
 from knockwood.operations.proof_pages import COMPARED, store
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import ServerFacts, connect, server_facts, translated
 from knockwood.repository.backups import list_backups
+from knockwood.repository.backups.model import Backup
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, RestorePlan, Target, ToLsn, resolve
-from knockwood.repository.verify import Verification, verify
 
 _ATTEMPTS: Final = 8
 
@@ -56,6 +57,20 @@ class Step:
 
 
 Progress = Callable[[Step], None]
+
+RESTORABLE: Final = "the backup can be restored"
+RESTORED: Final = "restored to the last commit"
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of the restore: `seconds` until the clone stood, None where none ever did."""
+
+    backup: Backup
+    timeline: Timeline
+    reached: Lsn
+    last_commit: Commit | None
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +101,9 @@ def prove(
     """Restore, check, compare, and store the proof as `proofs/<id>.json`, `.html` and `.xml`.
 
     With the primary down, or a `target` other than latest, the comparison is not checked. A restore that
-    fails because of what is in the repository is a broken proof; what fails for other reasons (no space, no
-    programs, storage away) is raised and proves nothing. WrongSystemError if `dsn` is another cluster.
+    fails because of what is in the repository is a broken proof, and so are backups of which none can be
+    restored; what fails for other reasons (no space, no programs, storage away, no backup at all, a target
+    that never was) is raised and proves nothing. WrongSystemError if `dsn` is another cluster.
     The clone is always destroyed.
     """
     chosen = options or Options()
@@ -111,29 +127,57 @@ class _Run:
         self.missing_commits: int | None = None
         self.rpo: float | None = None
         self.why_no_primary = ""
+        self.facts: ServerFacts | None = None
+        self.arrived: float | None = None
+        """Seconds until the archive held the primary's last commit; None if it never did."""
 
     def run(self) -> Proof:
         taken_at = clock.now()
+        if not self._backups():
+            self._plan_once(None)  # says why at once, before the primary is read for nothing
         state = self._primary()
         started = clock.monotonic()
-        plan = self._plan(state)
+        try:
+            plan = self._plan(state)
+        except TargetUnreachableError as error:
+            outcome = self._nothing_restorable(error)
+        else:
+            outcome = self._restored(plan, state, started)
+        self.tell(Step("verify the repository"))
+        self.claims.append(verified(self.repository, self.options.programs_for))
+        proof = self._proof(outcome, clock.monotonic() - started, taken_at)
+        store(self.repository, proof, self.report, self.comparison)
+        return proof
+
+    def _restored(self, plan: RestorePlan, state: PrimaryState | None, started: float) -> _Outcome:
+        self._measure_loss(plan, state)
         clone: Clone | None = None
+        seconds: float | None = None
         try:
             clone = self._restore(plan)
             seconds = clock.monotonic() - started
-            self._claim_reached(plan, state)
+            self._claim_reached(clone, plan, state)
             self._compare(clone, plan, state)
             self._check(clone)
         finally:
             if clone is not None:
                 clone.destroy()
-            else:
-                seconds = clock.monotonic() - started
-        self._backup_health(plan)
-        self._verify()
-        proof = self._proof(plan, clone.reached_lsn if clone else Lsn(0), seconds, taken_at)
-        store(self.repository, proof, self.report, self.comparison)
-        return proof
+        self.claims.append(backup_health(plan.chain))
+        reached = clone.reached_lsn if clone else Lsn(0)
+        return _Outcome(plan.backup, plan.timeline, reached, plan.last_commit if clone else None, seconds)
+
+    def _nothing_restorable(self, error: TargetUnreachableError) -> _Outcome:
+        """Claims about a repository whose backups cannot be restored at all. Raises the error where that is
+        not the repository's fault: there is no backup yet, or a point was asked for that never was."""
+        chosen = self._backups()
+        if not chosen or not isinstance(self.options.target, Latest):
+            raise error
+        self._claim_not_restored(error)
+        self._claim(RESTORED, Verdict.BROKEN, "nothing was restored")
+        self._compare(None, None, None)
+        self._check(None)
+        self.claims.append(backup_health(chosen[-1:]))
+        return _Outcome(chosen[-1], chosen[-1].timeline, Lsn(0), None, None)
 
     # --- the primary ---------------------------------------------------------------------------------
 
@@ -170,10 +214,7 @@ class _Run:
             return None
         self.tell(Step("wait for the archive", current=str(state.lsn)))
         archive.wait()
-        if archive.seconds is not None:
-            self.missing_commits, self.rpo = 0, archive.seconds
-        else:
-            self.missing_commits = self._count_missing(facts, archive.reached, state.lsn)
+        self.facts, self.arrived = facts, archive.seconds
         return state
 
     def _marked(self, dsn: str, archive: ArchiveWatch, lsn: Lsn) -> None:
@@ -186,14 +227,26 @@ class _Run:
 
     def _start(self) -> Lsn:
         """Where the WAL must begin that the newest backup, or the one asked for, needs."""
-        backups = [b for b in list_backups(self.repository) if self.options.backup in (None, b.id)]
-        return max((backup.start_lsn for backup in backups), default=Lsn(0))
+        return max((backup.start_lsn for backup in self._backups()), default=Lsn(0))
 
-    def _count_missing(self, facts: ServerFacts, reached: Lsn, wanted: Lsn) -> int | None:
-        if self.options.data_directory is None:
-            return None
-        programs = self.options.programs_for(facts.major)
-        return commits_between(programs, self.options.data_directory, facts, reached, wanted)
+    def _backups(self) -> list[Backup]:
+        return [b for b in list_backups(self.repository) if self.options.backup in (None, b.id)]
+
+    def _measure_loss(self, plan: RestorePlan, state: PrimaryState | None) -> None:
+        """Commits and seconds that a restore would lose. What the archive lists may be unreadable: only a plan
+        that reaches the primary's last commit loses nothing."""
+        if state is None:
+            return
+        if plan.missing is None:
+            self.missing_commits, self.rpo = 0, self.arrived
+            return
+        last = plan.last_commit
+        if last is not None:
+            self.rpo = max(0.0, (state.taken_at - last.time).total_seconds())
+        after = Lsn(last.lsn.value + 1) if last is not None else plan.backup.stop_lsn
+        if self.dsn is not None and self.facts is not None:
+            programs, folder = self.options.programs_for(self.facts.major), self.options.data_directory
+            self.missing_commits = commits_of(self.dsn, programs, folder, self.facts, after, state.lsn)
 
     # --- the restore ---------------------------------------------------------------------------------
 
@@ -203,7 +256,9 @@ class _Run:
         self.tell(Step("plan"))
         plan = self._plan_once(state)
         for _ in range(_ATTEMPTS):
-            if self.missing_commits != 0 or (plan.missing is None and not _too_short(plan, state)):
+            if state is None or (self.arrived is None and plan.missing is not None):
+                return plan
+            if plan.missing is None and not _too_short(plan, state):
                 return plan
             clock.sleep(POLL)
             plan = self._plan_once(state)
@@ -237,24 +292,27 @@ class _Run:
                 registry=Registry(self.options.clones) if self.options.clones else None,
             )
         except (RecoveryFailedError, ObjectDamagedError, ObjectMissingError, TargetUnreachableError) as error:
-            hint = f"; {error.hint}" if error.hint else ""
-            self._claim("the backup can be restored", Verdict.BROKEN, f"{error}{hint}")
+            self._claim_not_restored(error)
             return None
+
+    def _claim_not_restored(self, error: KnockwoodError) -> None:
+        hint = f"; {error.hint}" if error.hint else ""
+        self._claim(RESTORABLE, Verdict.BROKEN, f"{error}{hint}")
 
     def _claim(self, name: str, verdict: Verdict, detail: str = "") -> None:
         self.claims.append(Claim(name, verdict, detail))
 
-    def _claim_reached(self, plan: RestorePlan, state: PrimaryState | None) -> None:
-        if not self.claims:
-            self._claim("the backup can be restored", Verdict.HELD, f"backup {plan.backup.id}")
+    def _claim_reached(self, clone: Clone | None, plan: RestorePlan, state: PrimaryState | None) -> None:
+        name = RESTORED
+        if clone is None:
+            self._claim(name, Verdict.BROKEN, "nothing was restored")
+            return
+        self._claim(RESTORABLE, Verdict.HELD, f"backup {plan.backup.id}")
         last = plan.last_commit
         shown = f"transaction {last.xid} at {last.lsn}, {last.time.isoformat()}" if last else "none since it"
-        name = "restored to the last commit"
         if plan.missing is not None:
             known = self.missing_commits
             count = f"{known} commit(s)" if known is not None else "an unknown number of commits"
-            if last is not None and state is not None:
-                self.rpo = max(0.0, (state.taken_at - last.time).total_seconds())
             self._claim(name, Verdict.BROKEN, f"ends with {shown}; {count} missing: {plan.missing.reason}")
         elif state is None:
             self._claim(name, Verdict.NOT_CHECKED, f"ends with {shown}; {self.why_no_primary}")
@@ -280,13 +338,14 @@ class _Run:
             progress=lambda at: self.tell(Step("check the clone", at.position - 1, at.total, at.check.name)),
         )
         for result in self.report.results:
-            reasons = [finding.summary for finding in result.findings]
-            reasons += [gap.reason for gap in result.not_checked]
-            self._claim(f"check {result.name}", result.verdict, _some(reasons))
+            reasons = [found.summary for found in result.findings] + [
+                gap.reason for gap in result.not_checked
+            ]
+            self._claim(f"check {result.name}", result.verdict, some(reasons))
 
-    def _compare(self, clone: Clone | None, plan: RestorePlan, state: PrimaryState | None) -> None:
+    def _compare(self, clone: Clone | None, plan: RestorePlan | None, state: PrimaryState | None) -> None:
         name = COMPARED
-        if clone is None or state is None:
+        if clone is None or plan is None or state is None:
             self._claim(name, Verdict.NOT_CHECKED, self.why_no_primary or "there is no clone")
             return
         if plan.missing is not None:
@@ -311,48 +370,18 @@ class _Run:
         )
         if outside:
             text += f"; no physical backup holds {', '.join(outside)}"
-        self._claim(name, self.comparison.verdict, _some([*reasons, text]))
+        self._claim(name, self.comparison.verdict, some([*reasons, text]))
 
-    # --- the repository ------------------------------------------------------------------------------
-
-    def _backup_health(self, plan: RestorePlan) -> None:
-        verdict = worst(backup.health.verdict for backup in plan.chain)
-        reasons = [backup.health.reason for backup in plan.chain if backup.health.reason]
-        reasons += [
-            f"{backup.id}: {backup.health.bad_page_count} damaged pages"
-            for backup in plan.chain
-            if backup.health.bad_page_count
-        ]
-        self._claim("page checksums of the backup", verdict, _some(reasons))
-
-    def _verify(self) -> None:
-        self.tell(Step("verify the repository"))
-        outcome = self._settled()
-        reasons = [f"{item.object}: {item.reason}" for item in outcome.damaged]
-        reasons += [f"gap {gap.start} to {gap.end}: {gap.reason}" for gap in outcome.gaps]
-        reasons += [gap.reason for gap in outcome.not_checked]
-        text = f"{outcome.backups} backups and {outcome.segments} WAL segments"
-        self._claim("backups and WAL verified", outcome.verdict, _some([*reasons, text]))
-
-    def _settled(self) -> Verification:
-        """Verified; again where a partial segment was replaced by a longer one between listing and reading."""
-        outcome = verify(self.repository, programs_for=self.options.programs_for)
-        for _ in range(_ATTEMPTS):
-            gone = [d.object for d in outcome.damaged if self.repository.storage.info(d.object) is None]
-            if not gone or not all(name.startswith("wal/partial/") for name in gone):
-                break
-            outcome = verify(self.repository, programs_for=self.options.programs_for)
-        return outcome
-
-    def _proof(self, plan: RestorePlan, reached: Lsn, seconds: float, taken_at: datetime) -> Proof:
+    def _proof(self, outcome: _Outcome, elapsed: float, taken_at: datetime) -> Proof:
+        seconds = elapsed if outcome.seconds is None else outcome.seconds
         return Proof(
             id=f"{clock.stamp(taken_at)}-{secrets.token_hex(2)}",
             cluster=self.cluster,
-            backup=plan.backup.id,
+            backup=outcome.backup.id,
             system_identifier=self.repository.header.system_identifier,
-            timeline=plan.timeline,
-            reached_lsn=reached,
-            last_commit=plan.last_commit,
+            timeline=outcome.timeline,
+            reached_lsn=outcome.reached,
+            last_commit=outcome.last_commit,
             missing_commits=self.missing_commits,
             claims=tuple(self.claims),
             rto_seconds=round(seconds, 3),
@@ -367,8 +396,3 @@ def _too_short(plan: RestorePlan, state: PrimaryState | None) -> bool:
     if state is None or state.mark is None:
         return False
     return plan.last_commit is None or plan.last_commit.lsn < state.mark
-
-
-def _some(reasons: Sequence[str], most: int = 5) -> str:
-    shown = "; ".join(reasons[:most])
-    return f"{shown}; and {len(reasons) - most} more" if len(reasons) > most else shown
