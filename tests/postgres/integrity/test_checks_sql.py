@@ -141,8 +141,11 @@ def alone(new_server: ServerFactory) -> LocalServer:
     return server
 
 
-def test_all_are_silent_on_a_healthy_database(new_server: ServerFactory, every_version: int) -> None:
-    server = new_server(every_version)
+@pytest.mark.parametrize(
+    "major", [pytest.param(15, marks=pytest.mark.slow), pytest.param(17, marks=pytest.mark.slow), 18]
+)
+def test_all_are_silent_on_a_healthy_database(new_server: ServerFactory, major: int) -> None:
+    server = new_server(major)
     make_odd(server)
     rules = (Invariant("ids", "select * from parent where a < 0", ODD),)
     silent(server, *LIGHT, *HEAVY, invariants=rules)

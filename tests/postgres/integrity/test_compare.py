@@ -120,6 +120,7 @@ def test_no_false_difference_under_sixteen_writers(primary: LocalServer, copies:
         prove_equal(primary, copies, rounds=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("major", [15, 17])
 def test_older_versions_compare_without_difference(new_server: ServerFactory, major: int) -> None:
     server = prepared(new_server, "logical", major)
