@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -48,21 +47,18 @@ def test_a_program_that_is_not_there_is_told() -> None:
         processes.run(["/no/such/program"])
 
 
-def test_children_die_when_their_parent_is_killed(tmp_path: Path) -> None:
+def test_children_die_when_their_parent_is_killed() -> None:
     script = (
-        "import sys, time\n"
+        "import time\n"
         "from knockwood.host import processes\n"
-        "child = processes.start(['/bin/sleep', '600'])\n"
-        "print(child.pid, flush=True)\n"
+        "print(processes.start(['/bin/sleep', '600']).pid, flush=True)\n"
         "time.sleep(600)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path)
-    assert parent.stdout is not None
-    child = ProcessIdentity.of(int(parent.stdout.readline()))
-    assert child.alive()
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    parent.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = ProcessIdentity.of(int(parent.stdout.readline()))
+        assert child.alive()
+        parent.send_signal(signal.SIGKILL)
     for _ in range(500):
         if not child.alive():
             break
