@@ -26,7 +26,7 @@ from knockwood.operations.check import check
 from knockwood.operations.examination import names_for_a_clone
 from knockwood.operations.protect import receiving
 from knockwood.operations.proving import prove_cluster
-from knockwood.postgres.connection import connect, server_facts
+from knockwood.postgres.connection import Connection, connect, server_facts
 from knockwood.repository.targets import Latest, resolve
 from sandbox import environment, say
 
@@ -35,6 +35,7 @@ CLIENTS = 16
 # Two cores serve the writers and the checks: without a limit the checks would only wait.
 _PGBENCH_RATE = "100"
 _SHOP_PAUSE = 0.1
+_UPKEEP_PAUSE = 1.0
 
 _SHOP_UPKEEP = (
     "vacuum orders",
@@ -228,6 +229,13 @@ def _writers(site: Site, health: Health) -> Iterator[None]:
         witness.close()
 
 
+def _remove_half_built(connection: Connection) -> None:
+    """Drop what a concurrent build left that lost a deadlock."""
+    query = "select indexrelid::regclass::text from pg_index where not indisvalid"
+    for (name,) in connection.execute(query).fetchall():
+        connection.execute(f"drop index if exists {name}".encode())
+
+
 def _upkeep(
     site: Site, database: str, statements: tuple[str, ...], stop: threading.Event, health: Health
 ) -> None:
@@ -236,16 +244,19 @@ def _upkeep(
     while not stop.is_set():
         try:
             with connect(site.server.dsn(database, application_name="upkeep")) as connection:
-                connection.execute("set lock_timeout = '2s'")
                 while not stop.is_set():
                     statement = statements[turn % len(statements)]
                     turn += 1
+                    # A concurrent build that gives up leaves an invalid index: a true finding.
+                    limit = "0" if "concurrently" in statement else "2s"
                     try:
+                        connection.execute(f"set lock_timeout = '{limit}'".encode())
                         connection.execute(statement.encode())
                         health.upkeep += 1
                     except Exception:
                         if connection.closed:
                             raise
-                    stop.wait(0.3)
+                        _remove_half_built(connection)
+                    stop.wait(_UPKEEP_PAUSE)
         except (KnockwoodError, Exception):
             stop.wait(0.5)

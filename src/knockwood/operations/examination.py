@@ -14,8 +14,10 @@ from knockwood.integrity.run import CheckProgress, Report, run_checks
 from knockwood.postgres.connection import connect, server_facts, translated
 from knockwood.repository.repository import Repository
 
-ABOUT_THE_SERVER: Final = frozenset({"backup_age", "configuration", "proof_age", "wal_archive"})
-"""Checks that ask how a production server is run; a clone cannot answer them."""
+ABOUT_THE_SERVER: Final = frozenset(
+    {"backup_age", "configuration", "invalid_indexes", "proof_age", "wal_archive"}
+)
+"""Checks that ask how a production server is run or what it does now; a clone cannot answer them."""
 
 _EXTENSIONS: Final = ("amcheck", "pg_visibility")
 

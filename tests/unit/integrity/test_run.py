@@ -10,7 +10,7 @@ import pytest
 
 from knockwood.errors import LoadTooHighError, ServerDownError, UsageError
 from knockwood.integrity import budget, registry, run
-from knockwood.integrity.check import Budget, NotChecked, Outcome, Subject, Weight
+from knockwood.integrity.check import Budget, NotChecked, Outcome, Role, Subject, Weight
 from knockwood.model import Finding, Location, Severity, Timeline, Verdict
 from knockwood.postgres.connection import ServerFacts
 
@@ -105,3 +105,9 @@ def test_a_machine_that_stays_busy_is_not_checked() -> None:
     with pytest.raises(LoadTooHighError, match="stayed above"):
         budget.pace(busy, longest=0)
     budget.pace(NOWHERE)
+
+
+def test_a_clone_is_not_asked_for_indexes_that_were_being_built() -> None:
+    [result] = run.run_checks(replace(NOWHERE, role=Role.CLONE), ["invalid_indexes"]).results
+    assert result.verdict is Verdict.NOT_CHECKED
+    assert "being built" in result.not_checked[0].reason
