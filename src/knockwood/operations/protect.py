@@ -13,7 +13,7 @@ from knockwood.operations.cluster import Cluster
 from knockwood.postgres.connection import connect, translated
 from knockwood.repository import receive, receive_server
 from knockwood.repository.backups.model import Backup
-from knockwood.repository.backups.take import Effort, OnProgress, take_backup
+from knockwood.repository.backups.take import Effort, OnProgress, take_backup, why_not
 from knockwood.repository.leases import lease
 from knockwood.repository.receive import Receiver, ReceiverEvent
 from knockwood.repository.repository import Repository
@@ -121,10 +121,22 @@ def take(
     """Take a base backup, complete with the WAL that makes it consistent, or raise and list nothing."""
     store = repository or cluster.repository()
     backup = cluster.settings.backup
+    workers = backup.workers or os.cpu_count() or 1
     effort = Effort(
         level=backup.compression_level,
-        workers=backup.workers or os.cpu_count() or 1,
+        workers=workers,
         wal_timeout=wal_timeout,
+        processes=0 if incremental else _processes(cluster, workers),
+        data_directory=cluster.settings.data_directory,
     )
     with wal_arriving(cluster, store):
         return take_backup(store, cluster.dsn, incremental=incremental, progress=progress, effort=effort)
+
+
+def _processes(cluster: Cluster, workers: int) -> int:
+    """With how many processes the server's files are copied; 0 for its own stream."""
+    # Below three the stream is level: the server reads in a process of its own beside our two threads.
+    folder = cluster.settings.data_directory
+    if workers <= 2 or folder is None or why_not(cluster.dsn, folder) is not None:
+        return 0
+    return workers

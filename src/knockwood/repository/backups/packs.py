@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO, Any, Final
+from typing import Any, Final, Protocol
 
 from knockwood.postgres.pages import PAGE_BYTES
 from knockwood.repository import age, codec
@@ -41,6 +41,12 @@ _STORING: Final = 3
 """Packs that are stored at the same time."""
 
 NameOf = Callable[[int], str]
+
+
+class _Lines(Protocol):
+    """A text file, as far as it is needed here."""
+
+    def write(self, text: str, /) -> int: ...
 
 
 @dataclass(slots=True)
@@ -149,7 +155,7 @@ class PackWriter:
         repository: Repository,
         name_of: NameOf,
         *,
-        index: IO[str],
+        index: _Lines,
         check: PageCheck,
         level: int = 1,
         workers: int = 2,

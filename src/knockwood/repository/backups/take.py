@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from io import TextIOWrapper
-from typing import Literal
+from pathlib import Path
+from typing import IO, Literal
 
 from knockwood.errors import (
     BackupIncompleteError,
@@ -27,9 +29,7 @@ from knockwood.postgres.connection import (
     server_facts,
     translated,
 )
-from knockwood.postgres.replication import (
-    ReplicationConnection,
-)
+from knockwood.postgres.replication import BackupEnded, BackupStarted, ReplicationConnection
 from knockwood.repository import codec
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.collect import RelationCollector, chunks_of
@@ -46,6 +46,7 @@ from knockwood.repository.backups.model import (
 from knockwood.repository.backups.packs import PackWriter
 from knockwood.repository.backups.pagecheck import PageCheck
 from knockwood.repository.backups.stream import OnProgress, ServerStream
+from knockwood.repository.backups.take_files import Order, copy_files, read_again, why_not
 from knockwood.repository.leases import Lease, lease
 from knockwood.repository.repository import Repository
 
@@ -57,6 +58,7 @@ __all__ = [
     "remove_objects",
     "take_backup",
     "wait_for_wal",
+    "why_not",
 ]
 
 LEASE = "backup"
@@ -68,6 +70,10 @@ class Effort:
 
     `checkpoint` fast begins at once, spread is gentler on a busy server. `manifest_checksums` are the
     server's own, for pg_verifybackup after a restore; every stored object has a sha256 in any case.
+
+    With `processes` above 0 a full backup copies the files below `data_directory` (where None: where the
+    server says they are) with so many processes, instead of the server's stream; see `why_not`. Its
+    manifest then has SHA256 in place of CRC32C, and `workers` does not count.
     """
 
     level: int = 1
@@ -75,6 +81,8 @@ class Effort:
     checkpoint: Literal["fast", "spread"] = "fast"
     manifest_checksums: Literal["NONE", "CRC32C", "SHA256"] = "CRC32C"
     wal_timeout: float = 300.0
+    processes: int = 0
+    data_directory: Path | None = None
 
 
 def take_backup(
@@ -189,17 +197,21 @@ class _Run:
             tempfile.TemporaryFile("w+b") as manifest,
             RelationCollector(self.dsn, known) as relations,
         ):
-            stream = ServerStream(manifest, self.progress)
-            packs = self._store_files(stream, index, check, relations)
-            started, ended = stream.started, stream.ended
-            if started is None or ended is None:
-                raise BackupIncompleteError("the server's stream ended without the end of the backup")
+            root = self._copied_from()
+            if root is not None:
+                order = self._order(root, int(settings.get("block_size", "8192")))
+                packs, started, ended = copy_files(
+                    order, index, manifest, check, relations.start, self.progress
+                )
+            else:
+                packs, started, ended = self._store_stream(index, manifest, check, relations)
             if started.timeline != ended.timeline:
                 raise BackupIncompleteError(
                     "the server changed its timeline while the backup ran",
                     hint="was it promoted? take the backup again",
                 )
-            health = check.health(started.lsn, ended.lsn, self._read_again)
+            again = self._read_again if root is None else partial(read_again, root)
+            health = check.health(started.lsn, ended.lsn, again)
             members = _put_plain(self.repository, self.folder + "members.jsonl", chunks_of(index))
             kept = _put_plain(self.repository, self.folder + "backup_manifest", chunks_of(manifest))
             stored = self.repository.put(self.folder + "relations.jsonl", relations.chunks())
@@ -234,9 +246,37 @@ class _Run:
         )
         return self._commit(backup, held)
 
-    def _store_files(
-        self, stream: ServerStream, index: TextIOWrapper, check: PageCheck, relations: RelationCollector
-    ) -> tuple[Pack, ...]:
+    def _copied_from(self) -> Path | None:
+        """The data directory whose files are copied, or None for the server's stream."""
+        if self.parent is not None or self.effort.processes < 1:
+            return None
+        found = self.effort.data_directory or self.facts.data_directory
+        if found is None:
+            raise RefusedError(
+                "the role may not see where the data directory lies",
+                hint="name data_directory, or GRANT pg_read_all_settings TO knockwood;",
+            )
+        return found
+
+    def _order(self, root: Path, block_bytes: int) -> Order:
+        return Order(
+            repository=self.repository,
+            dsn=self.dsn,
+            facts=self.facts,
+            data_directory=root,
+            folder=self.folder,
+            label=f"knockwood {self.id}",
+            processes=self.effort.processes,
+            level=self.effort.level,
+            fast=self.effort.checkpoint == "fast",
+            digests=self.effort.manifest_checksums != "NONE",
+            block_bytes=block_bytes,
+        )
+
+    def _store_stream(
+        self, index: TextIOWrapper, manifest: IO[bytes], check: PageCheck, relations: RelationCollector
+    ) -> tuple[tuple[Pack, ...], BackupStarted, BackupEnded]:
+        stream = ServerStream(manifest, self.progress)
         with ReplicationConnection(self.dsn, application_name="knockwood backup") as replication:
             identity = replication.identify_system()
             if identity.system_identifier != self.facts.system_identifier:
@@ -260,7 +300,9 @@ class _Run:
                 writer.write(stream.entries(events, relations.start))
                 packs = writer.finish()
         index.flush()
-        return packs
+        if stream.started is None or stream.ended is None:
+            raise BackupIncompleteError("the server's stream ended without the end of the backup")
+        return packs, stream.started, stream.ended
 
     def _read_again(self, path: str, offset: int, length: int) -> bytes | None:
         # A connection of its own: ours may have been idle for hours.
