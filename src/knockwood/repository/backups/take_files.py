@@ -36,6 +36,9 @@ from knockwood.repository.repository import Repository
 
 _BIG: Final = 8 << 20
 _BATCH_FILES: Final = 256
+_WORTH: Final = 16 << 20
+"""Bytes for which a further process is worth its start."""
+
 _TRIES: Final = 5
 
 
@@ -142,7 +145,9 @@ def copy_files(
         ):
             plan.add(member)
         tell = _teller(progress, plan.bytes)
-        with WorkerPool(_job(order), order.processes, check) as pool:
+        # A small cluster is copied before many interpreters have started.
+        count = max(1, min(order.processes, -(-plan.bytes // _WORTH)))
+        with WorkerPool(_job(order), count, check) as pool:
             packs = pool.run(plan.batches(), online.check, tell)
             control = read_control_file(root)
             stopped = online.stop()
