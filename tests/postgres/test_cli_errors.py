@@ -152,7 +152,9 @@ def test_a_role_that_is_not_let_in(line: CommandLine, user: str, password: str, 
 
 def test_a_missing_privilege_comes_with_what_mends_it(line: CommandLine) -> None:
     line.edit("user=postgres", "user=weak")
-    assert "REPLICATION" in line.fails(2, "KW404", "backup")["hint"]
+    hint = line.fails(2, "KW404", "backup")["hint"]
+    assert "REPLICATION" in hint
+    assert "weak" in hint
     assert line("doctor", status=1)["reach"] == "managed"
 
 

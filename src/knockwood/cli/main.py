@@ -29,6 +29,7 @@ def build_app() -> App:
         help="Makes PostgreSQL outages caused by damaged data short, explained and lossless.",
         version=__version__,
         result_action="return_value",
+        suppress_keyboard_interrupt=False,  # `main` answers it, in JSON too
     )
     register_commands(app)
     return app

@@ -55,7 +55,7 @@ class ServerPosition:
 
 def find_slot(connection: Connection, name: str) -> Slot | None:
     """The slot, or None. Raises PostgresError if it is a logical one."""
-    with translated():
+    with translated(connection.info.dsn):
         row = connection.execute(
             "select slot_type, restart_lsn::text, wal_status, active_pid"
             " from pg_catalog.pg_replication_slots where slot_name = %s",
@@ -74,7 +74,7 @@ def find_slot(connection: Connection, name: str) -> Slot | None:
 
 def create_slot(connection: Connection, name: str) -> Slot:
     """Make a permanent physical slot that reserves WAL from the last checkpoint on."""
-    with translated():
+    with translated(connection.info.dsn):
         connection.execute("select pg_catalog.pg_create_physical_replication_slot(%s, true)", [name])
     slot = find_slot(connection, name)
     if slot is None:
@@ -83,7 +83,7 @@ def create_slot(connection: Connection, name: str) -> Slot:
 
 
 def drop_slot(connection: Connection, name: str) -> None:
-    with translated():
+    with translated(connection.info.dsn):
         connection.execute("select pg_catalog.pg_drop_replication_slot(%s)", [name])
 
 
@@ -104,7 +104,7 @@ def identify(dsn: str) -> ServerPosition:
 
 def _command(connection: Connection, command: str) -> list[str]:
     # The replication protocol knows simple queries only, psycopg's execute sends extended ones.
-    with translated():
+    with translated(connection.info.dsn):
         result = connection.pgconn.exec_(command.encode())
     if result.status != pq.ExecStatus.TUPLES_OK or result.ntuples != 1:
         raise PostgresError(f"{command} failed: {result.error_message.decode(errors='replace').strip()}")
@@ -136,7 +136,7 @@ select case when pg_catalog.pg_is_in_recovery()
 
 
 def progress(connection: Connection, slot: str) -> Progress:
-    with translated():
+    with translated(connection.info.dsn):
         row = connection.execute(_PROGRESS, [slot]).fetchone()
     assert row is not None
     flush, written, timeline = row

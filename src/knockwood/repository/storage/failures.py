@@ -60,7 +60,9 @@ def translate(error: Exception, where: str) -> RepositoryError:
         )
     if status.startswith("5") or status in _PASSING_CODES:
         return StorageUnavailableError(
-            f"the object store answers with status {status}" + (f" ({code})" if code else ""), where=where
+            f"the object store answers with status {status}" + (f" ({code})" if code else ""),
+            where=where,
+            hint="the store is failing or overloaded: try again later; its own status page or log says more",
         )
     if not status and any(word in text for word in _UNREACHABLE):
         return StorageUnavailableError(
