@@ -198,8 +198,11 @@ def _xact_read(site: Site, target: Target) -> Injection:
     site.sql(target.database, f"select count(*) from {target.spare}")
     folder = yield
     faults.xact_flip(folder, xid)
-    place = Place(target.database, relation=target.spare, key=f"xid {xid}")
-    return Damage("rows read since", target.database, (place,), frozenset({target.spare}))
+    places = (
+        Place(target.database, relation=target.spare, key=f"xid {xid}"),
+        Place(key=f"xid {xid}", check="transaction_status"),
+    )
+    return Damage("rows read since", target.database, places, frozenset({target.spare}))
 
 
 def _xact_unread(site: Site, target: Target) -> Injection:
