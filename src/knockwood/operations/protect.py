@@ -75,11 +75,12 @@ def wal_arriving(
         return
     with ExitStack() as stack:
         had_slot = _has_slot(cluster)
+        # From here on a slot may have been made, also by a receiver that was stopped while it started.
         try:
-            stack.enter_context(receive.receiving(receiver(cluster, repository)))
-        except LockHeldError:
-            had_slot = True  # another process receives; the slot is its own
-        try:
+            try:
+                stack.enter_context(receive.receiving(receiver(cluster, repository)))
+            except LockHeldError:
+                had_slot = True  # another process receives; the slot is its own
             yield
         finally:
             stack.close()
