@@ -58,8 +58,8 @@ test: install ## unit, PostgreSQL and documentation tests, without the slow ones
 test-all: install ## every test, faults and slow ones too
 	@exec $(PYTEST) -n $(WORKERS) tests
 
-test-fault: install ## the fault tests: kills, hangs and losses at every step
-	@exec $(PYTEST) -n $(WORKERS) tests/fault
+test-fault: install ## the fault tests without the slow ones: kills, hangs, full disks, losses
+	@exec $(PYTEST) -n $(WORKERS) -m "not slow" tests/fault
 
 lint: install ## style, types and the direction of imports
 	$(BIN)/ruff check .
