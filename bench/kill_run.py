@@ -116,6 +116,7 @@ class Killing:
         self.log = site.folder / "killed.log"
         self.begun = time.monotonic()
         self.unclean = 0
+        self.starts_within = 0.0
         self.turns = seed % 2
 
     def sweep(self, kills: int, servers: int) -> Result:
@@ -186,7 +187,7 @@ class Killing:
         return self.site.launch(words, options, config, self.log)
 
     def _falls(self, child: subprocess.Popen[bytes], aim: Aim) -> bool:
-        longest = _ENDLESS_SECONDS if self.operation.endless else _ENDS_WITHIN
+        longest = self.starts_within + _ENDLESS_SECONDS if self.operation.endless else _ENDS_WITHIN
         if aim.place is None:
             longest = aim.seconds
         self._wait(child, longest)
@@ -200,7 +201,7 @@ class Killing:
 
     def _server_falls(self, child: subprocess.Popen[bytes]) -> bool:
         site, endless = self.site, self.operation.endless
-        within = _ENDLESS_SECONDS if endless else _ENDS_WITHIN
+        within = self.starts_within + _ENDLESS_SECONDS if endless else _ENDS_WITHIN
         deadline = time.monotonic() + within
         fell = False
         while time.monotonic() < deadline and child.poll() is None and not (fell and endless):
@@ -259,6 +260,8 @@ class Killing:
         begun = time.monotonic()
         child = self._begin({"record": str(path)})
         if self.operation.endless:
+            self.site.wait_current()
+            self.starts_within = time.monotonic() - begun
             self._wait(child, _RECORD_SECONDS)
             self.site.receiver.stop()
         else:

@@ -238,21 +238,20 @@ def write_settings(path: Path, dsn: str, repository: Path, state: Path) -> Path:
 @contextmanager
 def site(*, orders: int, clients: int, seed: int) -> Iterator[Site]:
     """A shop under load, its repository made and its WAL being received; all gone at the end."""
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="kwkills-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        tmp = folder / "t"
-        tmp.mkdir()
-        tmp.chmod(0o1777)
-        tempfile.tempdir = str(tmp)
-        try:
+    before, handler = tempfile.tempdir, signal.getsignal(signal.SIGTERM)
+    try:
+        with tempfile.TemporaryDirectory(prefix="kwkills-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            folder.chmod(0o755)
+            tmp = folder / "t"
+            tmp.mkdir()
+            tmp.chmod(0o1777)
+            tempfile.tempdir = str(tmp)
             with _server(folder) as server:
                 yield from _shop(folder, tmp, server, orders, clients, seed)
-        finally:
-            tempfile.tempdir = before
-            # All is ended below: who ends us twice shall not interrupt the removal of the folder.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    finally:
+        tempfile.tempdir = before
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _shop(
@@ -273,6 +272,8 @@ def _shop(
         workload.start()
         yield made
     finally:
+        # Whoever is told twice to end, as a whole group is, shall not leave this half-done.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         workload.stop()
         made.receiver.stop()
         witness.close()
