@@ -1,6 +1,7 @@
 """Exactness: proofs in a row under writers, none with a false difference; one changed byte, found and named.
 
-    bench/exactness.py [--only MAJOR:LEVEL ...] [--proofs N] [--short N] [--clients N] [--orders N] [--seed N]
+    bench/exactness.py [--only MAJOR:LEVEL ...] [--bytes TABLE ...] [--proofs N] [--short N] [--clients N]
+                       [--orders N] [--seed N]
 
 Exit status 0: every claim of every proof held, and every changed byte was named, alone; 1: not so, and the last
 lines say where; 2: it could not be tested.
@@ -51,6 +52,13 @@ class Settings:
     orders: int
     seed: int
     only: tuple[str, ...] = field(default=())
+    bytes: tuple[str, ...] = field(default=())
+
+    def cases(self, major: int) -> list[Case]:
+        """The bytes to change: all on the newest version, three on the others, or those asked for."""
+        if self.bytes:
+            return [case for case in CASES if case.table in self.bytes]
+        return list(CASES if major in FULL else CASES[:3])
 
 
 @contextmanager
@@ -80,7 +88,6 @@ def load(box: Sandbox, clients: int, seed: int) -> Iterator[dict[str, int]]:
 def one_round(major: int, level: str, settings: Settings) -> Round:
     """One cluster: its proofs in a row, then its changed bytes."""
     programs = choose_programs(major)
-    long = major in FULL
     done = Round(f"{programs.major}.{programs.minor}", level)
     with (
         sandbox(
@@ -93,7 +100,7 @@ def one_round(major: int, level: str, settings: Settings) -> Round:
         load(box, settings.clients, settings.seed) as told,
     ):
         take(box.cluster, box.repository)
-        count = settings.proofs if long else settings.short
+        count = settings.proofs if major in FULL else settings.short
         for number in range(1, count + 1):
             if number % 3 == 0:
                 # Between proofs backups go on as everywhere, full and incremental in turn.
@@ -101,7 +108,7 @@ def one_round(major: int, level: str, settings: Settings) -> Round:
             proof = prove_cluster(box.cluster, backup=None, target=Latest())
             done.proofs.append(judged(box, proof, f"proof {number}"))
             say(f"{done.name}: {done.proofs[-1]}")
-        for number, case in enumerate(CASES if long else CASES[:3]):
+        for number, case in enumerate(settings.cases(major)):
             try:
                 done.proofs.append(changed(box, case, settings.seed + number))
             except (KnockwoodError, RuntimeError, psycopg.Error) as error:
@@ -200,6 +207,7 @@ def wanted_rounds(only: tuple[str, ...]) -> list[tuple[int, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--only", nargs="*", default=[], metavar="MAJOR:LEVEL")
+    parser.add_argument("--bytes", nargs="*", default=[], metavar="TABLE", choices=[c.table for c in CASES])
     parser.add_argument("--proofs", type=int, default=10, help="in a row, on the newest version")
     parser.add_argument("--short", type=int, default=3, help="in a row, on the others")
     parser.add_argument("--clients", type=int, default=16)
@@ -207,7 +215,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT / "exactness.md")
     given = parser.parse_args()
-    settings = Settings(given.proofs, given.short, given.clients, given.orders, given.seed, tuple(given.only))
+    settings = Settings(
+        given.proofs,
+        given.short,
+        given.clients,
+        given.orders,
+        given.seed,
+        tuple(given.only),
+        tuple(given.bytes),
+    )
     end_cleanly()
     rounds: list[Round] = []
     for major, level in wanted_rounds(settings.only):

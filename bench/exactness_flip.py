@@ -100,7 +100,7 @@ class Changed:
 def change_a_byte(clone: Clone, database: str, case: Case, seed: int) -> Changed:
     """Change one byte of one row of a paused clone; RuntimeError if the server does not see it afterwards."""
     dsn = clone.dsn(database)
-    [(ctid,)] = query(dsn, case.pick.replace("{seed}", str(seed)))
+    ctid = _row(clone, dsn, case, case.pick.replace("{seed}", str(seed)))
     before = _value(dsn, case, ctid)
     relation, place, number = case.table, ctid, case.number
     if case.toasted:
@@ -122,6 +122,23 @@ def change_a_byte(clone: Clone, database: str, case: Case, seed: int) -> Changed
         for name in case.key
     )
     return Changed(case, ctid, key or f"ctid={ctid}", before, after)
+
+
+def _row(clone: Clone, dsn: str, case: Case, pick: str) -> str:
+    """The row picked; where the server must be stopped meanwhile, the first on a page that replay leaves alone."""
+    if clone.programs.major >= 17:
+        return str(query(dsn, pick)[0][0])
+    redo = control_data(clone.programs, clone.data_directory)["Latest checkpoint's REDO location"]
+    relation = case.table
+    for (ctid,) in query(dsn, pick.replace("limit 1", "limit 500")):
+        place = ctid
+        if case.toasted:
+            relation, place = _first_chunk(dsn, case, ctid)
+        block = int(place[1:-1].split(",")[0])
+        [(lsn,)] = query(dsn, f"select lsn from page_header(get_raw_page('{relation}', {block}))")
+        if Lsn.parse(str(lsn)) < Lsn.parse(redo):
+            return str(ctid)
+    raise RuntimeError(f"every page of {case.table} would be replayed again")
 
 
 def _value(dsn: str, case: Case, ctid: str) -> str:
@@ -189,14 +206,8 @@ def _write(clone: Clone, dsn: str, relation: str, block: int, offset: int) -> No
 
 
 def _while_stopped(clone: Clone, dsn: str, relation: str, block: int, offset: int) -> None:
-    """Without eviction (before 17): stop, change, start. Only a page that replay does not touch again will do."""
-    [(path, lsn)] = query(
-        dsn,
-        f"select pg_relation_filepath('{relation}'), lsn from page_header(get_raw_page('{relation}', {block}))",
-    )
-    redo = Lsn.parse(control_data(clone.programs, clone.data_directory)["Latest checkpoint's REDO location"])
-    if Lsn.parse(str(lsn)) >= redo:
-        raise RuntimeError(f"block {block} of {relation} would be replayed again")
+    """Without eviction (before 17): stop, change, start."""
+    [(path,)] = query(dsn, f"select pg_relation_filepath('{relation}')")
     clone.server.stop("fast")
     _flip(clone, str(path), block, offset)
     clone.replay()
