@@ -9,7 +9,15 @@ from hypothesis import settings
 from fix_s3 import s3_proxy, s3_server
 from fix_server import every_version, installations, new_server, shared_folder, templates
 
-__all__ = ["every_version", "installations", "new_server", "s3_proxy", "s3_server", "shared_folder", "templates"]
+__all__ = [
+    "every_version",
+    "installations",
+    "new_server",
+    "s3_proxy",
+    "s3_server",
+    "shared_folder",
+    "templates",
+]
 
 settings.register_profile("gate", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=2000)
