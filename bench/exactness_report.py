@@ -95,7 +95,7 @@ def report(rounds: Sequence[Round], machine: str, clients: int) -> str:
         ),
         f"Violations: {violations}.",
     ]
-    return "\n\n".join(parts[:5]) + "\n\n" + "\n".join(parts[5:-1]) + "\n\n" + parts[-1] + "\n"
+    return "\n\n".join(parts[:6]) + "\n\n" + "\n".join(parts[6:-1]) + "\n\n" + parts[-1] + "\n"
 
 
 def _proof_row(entry: Round, proved: Proved) -> list[str]:
