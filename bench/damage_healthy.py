@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,22 +131,27 @@ def _kind(reason: str) -> str:
     return re.sub(r"\d+", "N", reason)
 
 
-def watch_healthy(healthy: Site, parent: Path, rounds: int, seconds: float = 0) -> Health:
-    """Run every check `rounds` times (or for so many seconds, if that is longer) under the writers."""
+def watch_healthy(
+    healthy: Site, parent: Path, rounds: int, seconds: float, on_round: Callable[[Health], None]
+) -> None:
+    """Run every check `rounds` times (or for so many seconds, if that is longer) under the writers.
+
+    After each round `on_round` is told what there is so far.
+    """
     health = Health()
     with copy_of(healthy, parent) as site, receiving(site.cluster, site.repository), ExitStack() as stack:
         before = _commits(site)
         begun = time.monotonic()
         stack.enter_context(_writers(site, health))
         while health.rounds < rounds or time.monotonic() - begun < seconds:
-            health.rounds += 1
-            say(f"healthy, round {health.rounds}: {_commits(site) - before} commits so far")
             health.add("server", check(site.cluster, heavy=True, here=True))
             _prove(site, health)
             _paused(site, health)
-        health.seconds = time.monotonic() - begun
-        health.commits = _commits(site) - before
-    return health
+            health.rounds += 1
+            health.seconds = time.monotonic() - begun
+            health.commits = _commits(site) - before
+            say(f"healthy: {health.rounds} rounds in {health.seconds:.0f} s, {health.commits} commits")
+            on_round(health)
 
 
 def _commits(site: Site) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from damage_cases import Case, play
-from damage_healthy import watch_healthy
+from damage_healthy import Health, watch_healthy
 from damage_report import report, shortfalls
 from damage_rows import ROWS
 from damage_site import Site, healthy_site
@@ -55,10 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for key in keys:
                 results.add(tell(_play(healthy, key, folder)))
             if given.rounds:
-                results.value["healthy"] = watch_healthy(
-                    healthy, folder, given.rounds, given.seconds
-                ).as_json()
-                results.store()
+                watch_healthy(healthy, folder, given.rounds, given.seconds, results.set_health)
     text = report(results.value)
     (given.out / "damage-table.md").write_text(text)
     print(text)
@@ -100,6 +97,10 @@ class Results:
     def add(self, case: Case) -> None:
         known = {one["row"]: one for one in self.value["cases"]} | {case.key: case.as_json()}
         self.value["cases"] = [known[key] for key in KEYS if key in known]
+        self.store()
+
+    def set_health(self, health: Health) -> None:
+        self.value["healthy"] = health.as_json()
         self.store()
 
     def store(self) -> None:
