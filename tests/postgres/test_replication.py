@@ -67,7 +67,7 @@ def test_a_role_without_replication_is_told_what_it_lacks(new_server: ServerFact
     with pytest.raises(PostgresError) as caught, ReplicationConnection(server.dsn(user="weak")) as connection:
         connection.identify_system()
     assert isinstance(caught.value, MissingPrivilegeError)
-    assert caught.value.hint == "ALTER ROLE knockwood REPLICATION;"
+    assert caught.value.hint == "ALTER ROLE weak REPLICATION;"
 
 
 def test_a_server_that_dies_in_the_middle_is_an_error(new_server: ServerFactory) -> None:
