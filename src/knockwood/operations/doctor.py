@@ -155,12 +155,10 @@ def _replication(cluster: Cluster) -> Prerequisite:
         with connect(cluster.dsn, replication="true") as connection, translated():
             connection.execute("IDENTIFY_SYSTEM")
     except KnockwoodError as error:
-        return Prerequisite(
-            "replication",
-            Verdict.BROKEN,
-            f"no replication connection: {error}",
-            "ALTER ROLE knockwood REPLICATION; and a line in pg_hba.conf: local replication knockwood peer",
+        remedy = (
+            error.hint or "does pg_hba.conf have a line for the database named replication and this role?"
         )
+        return Prerequisite("replication", Verdict.BROKEN, f"no replication connection: {error}", remedy)
     return Prerequisite("replication", Verdict.HELD, "replication connections are taken")
 
 
