@@ -49,11 +49,7 @@ def restore(
     With --table one table comes back beside the live one, as knockwood_restored.TABLE_TIME.
     """
     target = parse_target(to)
-    if (into is None) == (table is None):
-        raise UsageError(
-            "say either where a cluster goes, or which table comes back",
-            hint="knockwood restore --to latest --into DIR, or --table DATABASE.SCHEMA.TABLE --apply",
-        )
+    _either(into, table)
     cluster = common.open_cluster()
     repository = cluster.repository()
     notes = _freshen(cluster, repository, target, accept_loss)
@@ -88,6 +84,14 @@ def restore(
         )
     notes += outcome.warnings
     return Answer(_values(outcome, notes), lambda console: _show(console, outcome, notes))
+
+
+def _either(into: Path | None, table: str | None) -> None:
+    if (into is None) == (table is None):
+        raise UsageError(
+            "say either where a cluster goes, or which table comes back",
+            hint="knockwood restore --to latest --into DIR, or --table DATABASE.SCHEMA.TABLE --apply",
+        )
 
 
 def _freshen(cluster: Cluster, repository: Repository, target: Target, accept_loss: bool) -> tuple[str, ...]:

@@ -63,14 +63,7 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
             lost = missing(promises, server.dsn(DATABASE), box.dsn)
             later = missing(promises, server.dsn(DATABASE))
         verified = clock.monotonic() - struck
-        story.say(
-            Kind.PROVED if lost_before == 0 else Kind.FAILED,
-            f"the witness: {len(before):,} commits promised before the script,"
-            f" {lost_before} missing in the restored shop",
-        )
-        story.say(
-            Kind.PROVED, f"{later:,} later good transactions live on in production, which was not touched"
-        )
+        _tell_loss(story, len(before), lost_before, later)
         counters = box.workload.counters
         return Scorecard(
             scenario=ROGUE_SCRIPT.name,
@@ -102,6 +95,14 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
                 clean(after),
             ),
         )
+
+
+def _tell_loss(story: Story, promised: int, lost: int, later: int) -> None:
+    story.say(
+        Kind.PROVED if lost == 0 else Kind.FAILED,
+        f"the witness: {promised:,} commits promised before the script, {lost} missing in the restored shop",
+    )
+    story.say(Kind.PROVED, f"{later:,} later good transactions live on in production, which was not touched")
 
 
 def _run_script(box: Sandbox) -> tuple[int, int]:
