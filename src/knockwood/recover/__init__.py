@@ -1,0 +1,1 @@
+"""Repairs: planned purely, shown, executed with a journal, verified."""
