@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from sandbox import Said
 
 PATIENCE = 15.0
 """Seconds that the children of a killed process have to end."""
+
+_PYTHONS = re.compile(r"(tmp)?[a-z0-9_]{8}")
+"""Names that Python's tempfile makes: its trial of a folder, and a file without a name's before it loses it."""
 
 RPO = 2.0
 """Seconds: what docs/wal.md states for a machine that is lost, with a partial every second."""
@@ -140,7 +144,7 @@ def _temporary(site: Site) -> list[Path]:
 
 def _of_python(path: Path) -> bool:
     """What a kill leaves of Python's own tempfile: a trial of the folder, a file about to lose its name."""
-    return path.is_file() and path.read_bytes() in (b"", b"blat")
+    return bool(_PYTHONS.fullmatch(path.name)) and path.is_file() and path.read_bytes() in (b"", b"blat")
 
 
 def _dead_holders(repository: Repository) -> list[str]:
