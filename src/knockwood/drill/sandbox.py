@@ -85,11 +85,12 @@ def sandbox(
     parent: Path | None = None,
     programs: Programs | None = None,
     settings: Mapping[str, str] | None = None,
+    discounts: bool = False,
 ) -> Iterator[Sandbox]:
     """Make a sandbox with a shop of `orders` seed orders, protect it, and remove all of it at the end.
 
-    `programs`: the newest installed by default; `settings` beat the sandbox's own. The load is prepared
-    but not started. Nothing outlives the block, nor this process.
+    `programs`: the newest installed by default; `settings` beat the sandbox's own. The load (with `discounts`,
+    if asked for) is prepared but not started. Nothing outlives the block, nor this process.
     """
     account = privileges.server_account()
     with (
@@ -100,7 +101,9 @@ def sandbox(
         cluster = _cluster(folder, server)
         repository = cluster.create_repository()
         witness = Witness(folder / "witness.log")
-        workload = Workload(server.dsn(DATABASE, user="app"), witness, clients=clients, seed=seed)
+        workload = Workload(
+            server.dsn(DATABASE, user="app"), witness, clients=clients, seed=seed, discounts=discounts
+        )
         try:
             with receiving(cluster, repository):
                 yield Sandbox(folder, server, cluster, repository, witness, workload)

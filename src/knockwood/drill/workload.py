@@ -94,21 +94,51 @@ class Counters:
     errors: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Customer:
+    """What a client remembers of its own orders: (id, total) of the unpaid, ids of those not discounted yet."""
+
+    number: int
+    chance: random.Random
+    sequence: int = 0
+    unpaid: list[tuple[int, str]] = field(default_factory=list)
+    full_price: list[int] = field(default_factory=list)
+
+    def token(self) -> int:
+        self.sequence += 1
+        return (self.number << _CLIENT_SHIFT) + self.sequence
+
+
 class Workload:
-    """`clients` threads, each with its own connection, ordering and paying until stopped."""
+    """`clients` threads, each with its own connection, ordering and paying until stopped.
+
+    With `discounts` they also lower the prices of orders: lines and total together, unless a buggy release
+    (`deploy(buggy=True)`) forgets the total. The witness notes those as `buggy`: they are no promises.
+    """
 
     def __init__(
-        self, dsn: str, witness: Witness, *, clients: int = 8, seed: int = 1, pause: float = 0.002
+        self,
+        dsn: str,
+        witness: Witness,
+        *,
+        clients: int = 8,
+        seed: int = 1,
+        pause: float = 0.002,
+        discounts: bool = False,
     ) -> None:
         self._dsn = dsn
         self._witness = witness
         self._pause = pause
+        self._discounts = discounts
+        self._buggy = threading.Event()
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self.counters = Counters()
         self._threads = [
             threading.Thread(
-                target=self._client, args=(number, random.Random(seed * 1000 + number)), daemon=True
+                target=self._client,
+                args=(_Customer(number, random.Random(seed * 1000 + number)),),
+                daemon=True,
             )
             for number in range(1, clients + 1)
         ]
@@ -121,45 +151,95 @@ class Workload:
         """Let every client end its transaction, and wait for it."""
         self._stop.set()
         for thread in self._threads:
-            thread.join(30)
+            if thread.ident is not None:
+                thread.join(30)
 
-    def _client(self, number: int, chance: random.Random) -> None:
-        sequence = 0
-        own_orders: list[tuple[int, str]] = []
+    def deploy(self, *, buggy: bool) -> None:
+        """Put another release of the shop into service; transactions under way end as they began."""
+        if buggy:
+            self._buggy.set()
+        else:
+            self._buggy.clear()
+
+    def _client(self, customer: _Customer) -> None:
         connection: psycopg.Connection[tuple[object, ...]] | None = None
         last_success = clock.monotonic()
         while not self._stop.is_set():
-            sequence += 1
-            token = (number << _CLIENT_SHIFT) + sequence
-            kind = "payment" if own_orders and chance.random() < 0.3 else "order"
-            committing = False
+            kind = self._choose(customer)
+            pending: list[int] = []
             try:
                 if connection is None or connection.closed:
                     connection = psycopg.connect(self._dsn, application_name="shop", connect_timeout=5)
                     connection.execute("set statement_timeout = '10s'")
                     connection.commit()
-                if kind == "payment":
-                    order, total = own_orders.pop(chance.randrange(len(own_orders)))
-                    xid = _pay(connection, token, order, total)
-                else:
-                    total, xid = _order(connection, token, chance)
-                committing = True
-                connection.commit()
-                self._witness.acknowledged(kind, token, xid)
-                if kind == "order":
-                    own_orders = [*own_orders[-50:], (token, total)]
+                self._transact(connection, customer, kind, pending)
                 now = clock.monotonic()
                 with self._lock:
                     self.counters.acknowledged += 1
                     self.counters.longest_stall = max(self.counters.longest_stall, now - last_success)
                 last_success = now
-                self._stop.wait(self._pause * chance.random() * 2)
+                self._stop.wait(self._pause * customer.chance.random() * 2)
             except psycopg.Error as error:
-                self._failed(error, committing)
+                for token in pending:
+                    self._witness.note("doubt", token)
+                self._failed(error, committing=bool(pending))
                 connection = _recover(connection)
                 self._stop.wait(0.05)
         if connection is not None:
             connection.close()
+
+    def _choose(self, customer: _Customer) -> str:
+        drawn = customer.chance.random()
+        if customer.unpaid and drawn < 0.3:
+            return "payment"
+        if self._discounts and customer.full_price and drawn < 0.45:
+            return "discount"
+        return "order"
+
+    def _transact(
+        self,
+        connection: psycopg.Connection[tuple[object, ...]],
+        customer: _Customer,
+        kind: str,
+        pending: list[int],
+    ) -> None:
+        """One transaction and its promise. While its commit is under way `pending` names the order."""
+        if kind == "discount":
+            self._discount(connection, customer, pending)
+            return
+        chance, token = customer.chance, customer.token()
+        if kind == "payment":
+            order, total = customer.unpaid.pop(chance.randrange(len(customer.unpaid)))
+            # What has been paid is not discounted any more.
+            customer.full_price = [id for id in customer.full_price if id != order]
+            xid = _pay(connection, token, order, total)
+        else:
+            total, xid = _order(connection, token, chance)
+        pending.append(token)
+        connection.commit()
+        pending.clear()
+        self._witness.acknowledged(kind, token, xid, total if kind == "order" else None)
+        if kind == "order":
+            customer.unpaid = [*customer.unpaid[-50:], (token, total)]
+            customer.full_price = [*customer.full_price[-50:], token]
+
+    def _discount(
+        self,
+        connection: psycopg.Connection[tuple[object, ...]],
+        customer: _Customer,
+        pending: list[int],
+    ) -> None:
+        order = customer.full_price.pop(customer.chance.randrange(len(customer.full_price)))
+        buggy = self._buggy.is_set()
+        lowered, xid = _lower(connection, order, buggy=buggy)
+        pending.append(order)
+        connection.commit()
+        pending.clear()
+        if buggy:
+            self._witness.note("buggy", order, xid)
+            return
+        self._witness.acknowledged("discount", order, xid, lowered)
+        customer.unpaid = [(id, lowered if id == order else old) for id, old in customer.unpaid]
 
     def _failed(self, error: psycopg.Error, committing: bool) -> None:
         text = (error.diag.message_primary or str(error)).strip().splitlines()[0][:160]
@@ -225,8 +305,29 @@ def _pay(connection: psycopg.Connection[tuple[object, ...]], token: int, order: 
     return int(str(row[0]))
 
 
+def _lower(connection: psycopg.Connection[tuple[object, ...]], order: int, *, buggy: bool) -> tuple[str, int]:
+    """Lower an order's prices by a tenth; its new total, which a buggy release does not write."""
+    rows = connection.execute(
+        "update order_lines set price = greatest(round(price * 0.9, 2), 0.01) where order_id = %s"
+        " returning quantity * price, pg_catalog.pg_current_xact_id()::text::bigint",
+        [order],
+    ).fetchall()
+    total = str(sum(Decimal(str(amount)) for amount, _ in rows))
+    if not buggy:
+        connection.execute("update orders set total = %s where id = %s", [total, order])
+    return total, int(str(rows[0][1]))
+
+
+def totals_present(dsn: str) -> dict[int, str]:
+    """The totals of the clients' orders, by token, read without any index."""
+    with connect(dsn) as connection, translated():
+        connection.execute("set enable_indexscan = off; set enable_bitmapscan = off")
+        rows = connection.execute("select id, total::text from orders where id > 0").fetchall()
+    return {int(str(id)): str(total) for id, total in rows}
+
+
 def tokens_present(dsn: str) -> dict[str, frozenset[int]]:
-    """The tokens of the clients' transactions that a database holds, by kind."""
+    """The tokens of the clients' transactions that a database holds, by kind; a discount has its order's."""
     found: dict[str, frozenset[int]] = {}
     queries: Sequence[tuple[str, str]] = (
         # Without any index: an index could hide rows the table holds, or the reverse.
@@ -239,4 +340,5 @@ def tokens_present(dsn: str) -> dict[str, frozenset[int]]:
         )
         for kind, query in queries:
             found[kind] = frozenset(row[0] for row in connection.execute(query))
+    found["discount"] = found["order"]
     return found

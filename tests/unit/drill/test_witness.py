@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knockwood.drill.scorecard import Gate, Scorecard, Seconds
-from knockwood.drill.witness import Promise, Witness, loss, read_promises
+from knockwood.drill.witness import Promise, Witness, altered, loss, read_promises
 from knockwood.model import Verdict
 
 entries = st.lists(
@@ -57,3 +57,29 @@ def test_one_failed_gate_breaks_the_drill() -> None:
 
 def test_a_drill_without_gates_proves_nothing() -> None:
     assert card().verdict is Verdict.BROKEN
+
+
+def test_a_value_is_judged_by_the_last_promise_for_its_token() -> None:
+    promises = [
+        Promise("order", 1, 10, 0.0, "5.00"),
+        Promise("discount", 1, 11, 1.0, "4.50"),
+        Promise("order", 2, 12, 2.0, "3.00"),
+        Promise("payment", 3, 13, 3.0),
+    ]
+
+    assert altered(promises, {1: "4.50", 2: "3.00"}) == ()
+    assert [entry.token for entry in altered(promises, {1: "5.00", 2: "3.00"})] == [1]
+    assert [entry.token for entry in altered(promises, {1: "4.50"})] == [2]
+    assert altered(promises, {1: "5.00", 2: "3.00"}, doubtful={1}) == ()
+
+
+def test_notes_are_no_promises(tmp_path: Path) -> None:
+    witness = Witness(tmp_path / "witness.log")
+    witness.acknowledged("order", 7, 801, "1.50")
+    witness.note("buggy", 7, 802)
+    witness.note("doubt", 9)
+    witness.close()
+
+    assert [entry.value for entry in witness.promises()] == ["1.50"]
+    assert [entry.xid for entry in witness.notes("buggy")] == [802]
+    assert [entry.token for entry in witness.notes("doubt")] == [9]
