@@ -10,7 +10,6 @@ from typing import Final
 
 from knockwood.host import clock
 
-
 NOTES: Final = frozenset({"buggy", "doubt"})
 """Kinds of lines that are no promises."""
 
