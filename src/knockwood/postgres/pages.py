@@ -121,6 +121,25 @@ def checksums_of(pages: NDArray[np.uint32], blocks: NDArray[np.uint32]) -> NDArr
     return result
 
 
+def fitting_blocks(page: Chunk, count: int) -> list[int]:
+    """The block numbers below `count` at which the page's stored checksum would be right.
+
+    A page that was written to the wrong place still carries the checksum of the right one. By chance one
+    number in 65536 fits any page.
+    """
+    pages = _pages(page)
+    folded = np.bitwise_xor.reduce(_sums(pages[:1]), axis=1)
+    fitting = (folded ^ np.arange(count, dtype=np.uint32)) % np.uint32(65535) + np.uint32(1)
+    return [int(block) for block in np.flatnonzero(fitting == decode_header(page).checksum)]
+
+
+def sealed(page: Chunk, block: int) -> bytes:
+    """The page with the checksum that belongs to its content and block number."""
+    whole = bytearray(page)
+    whole[8:10] = int(checksums(whole, block)[0]).to_bytes(2, "little")
+    return bytes(whole)
+
+
 def _sums(batch: NDArray[np.uint32]) -> NDArray[np.uint32]:
     sums = np.empty((len(batch), _WORDS), np.uint32)
     mixed = np.empty_like(sums)
