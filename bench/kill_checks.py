@@ -20,7 +20,7 @@ from knockwood.cli.main import main as run_command
 from knockwood.errors import PostgresError
 from knockwood.host import clock
 from knockwood.postgres.server import LocalServer
-from knockwood.repository.backups import list_backups
+from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.repository import Repository
 from knockwood.repository.storage.holder import Holder
 from sandbox import Said

@@ -16,7 +16,7 @@ from kill_checks import Restored, full_restore, machine_lost, wait_steady
 from kill_operations import Operation
 from kill_site import Site
 from knockwood.host import processes
-from knockwood.repository.backups import list_backups
+from knockwood.repository.backups.listing import list_backups
 from sandbox import say
 
 _RECORD_SECONDS = 6.0

@@ -20,13 +20,10 @@ from knockwood.errors import DirectoryNotEmptyError
 from knockwood.host import privileges, processes
 from knockwood.postgres.connection import connect
 from knockwood.repository.archive import WalArchive
-from knockwood.repository.backups import (
-    chain,
-    expire,
-    fetch_chain,
-    list_backups,
-    read_object,
-)
+from knockwood.repository.backups.expire import expire
+from knockwood.repository.backups.fetch import fetch_chain
+from knockwood.repository.backups.listing import list_backups, read_object
+from knockwood.repository.backups.model import chain
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -36,7 +33,11 @@ import sys
 from pathlib import Path
 from knockwood.host import privileges
 from knockwood.postgres.binaries import find_programs
-from knockwood.repository.backups import Effort, chain, expire, fetch_chain, list_backups, take_backup
+from knockwood.repository.backups.expire import expire
+from knockwood.repository.backups.fetch import fetch_chain
+from knockwood.repository.backups.listing import list_backups
+from knockwood.repository.backups.model import chain
+from knockwood.repository.backups.take import Effort, take_backup
 from knockwood.repository.repository import Repository
 from knockwood.repository.storage import open_storage
 repository = Repository.open(open_storage(sys.argv[1]))

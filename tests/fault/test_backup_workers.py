@@ -20,7 +20,8 @@ from knockwood.errors import HostError
 from knockwood.host import privileges, processes
 from knockwood.postgres.connection import connect
 from knockwood.repository.archive import WalArchive
-from knockwood.repository.backups import Effort, list_backups, read_object, take_backup
+from knockwood.repository.backups.listing import list_backups, read_object
+from knockwood.repository.backups.take import Effort, take_backup
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _TAKE = """
 import sys
 from pathlib import Path
-from knockwood.repository.backups import Effort, take_backup
+from knockwood.repository.backups.take import Effort, take_backup
 from knockwood.repository.repository import Repository
 from knockwood.repository.storage import open_storage
 repository = Repository.open(open_storage(sys.argv[1]))

@@ -24,18 +24,10 @@ from knockwood.operations import protect
 from knockwood.operations.cluster import Cluster
 from knockwood.postgres.connection import connect
 from knockwood.postgres.server import LocalServer
-from knockwood.repository.backups import (
-    Backup,
-    Effort,
-    chain,
-    fetch_relations,
-    list_backups,
-    read_index,
-    read_object,
-    relation_map,
-    take_backup,
-)
-from knockwood.repository.backups.take import why_not
+from knockwood.repository.backups.listing import list_backups, read_index, read_object, relation_map
+from knockwood.repository.backups.model import Backup, chain
+from knockwood.repository.backups.partial import fetch_relations
+from knockwood.repository.backups.take import Effort, take_backup, why_not
 from knockwood.settings import ClusterSettings
 from knockwood.settings.schema import BackupSettings
 

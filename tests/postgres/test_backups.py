@@ -29,19 +29,11 @@ from knockwood.host import privileges, processes
 from knockwood.model import Verdict
 from knockwood.postgres.connection import connect
 from knockwood.postgres.server import LocalServer
-from knockwood.repository.backups import (
-    Backup,
-    Effort,
-    chain,
-    fetch_chain,
-    fetch_members,
-    fetch_relations,
-    list_backups,
-    read_block,
-    read_index,
-    relation_map,
-    take_backup,
-)
+from knockwood.repository.backups.fetch import fetch_chain
+from knockwood.repository.backups.listing import list_backups, read_index, relation_map
+from knockwood.repository.backups.model import Backup, chain
+from knockwood.repository.backups.partial import fetch_members, fetch_relations, read_block
+from knockwood.repository.backups.take import Effort, take_backup
 from knockwood.repository.leases import lease
 from knockwood.repository.repository import Repository
 from knockwood.repository.storage.local import LocalStorage

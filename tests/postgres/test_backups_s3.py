@@ -12,7 +12,9 @@ from fix_backup import KEEP_WAL, backed_up, restored
 from knockwood.errors import ObjectMissingError
 from knockwood.host import privileges
 from knockwood.postgres.connection import connect, server_facts
-from knockwood.repository.backups import fetch_chain, fetch_relations, list_backups, relation_map
+from knockwood.repository.backups.fetch import fetch_chain
+from knockwood.repository.backups.listing import list_backups, relation_map
+from knockwood.repository.backups.partial import fetch_relations
 from knockwood.repository.repository import Repository
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from knockwood.operations.proof_claims import backup_health, some, verified
 from knockwood.operations.proof_pages import COMPARED, store
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import ServerFacts, connect, server_facts, translated
-from knockwood.repository.backups import list_backups
+from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, RestorePlan, Target, ToLsn, resolve

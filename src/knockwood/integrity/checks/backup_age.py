@@ -10,7 +10,7 @@ from knockwood.host import clock
 from knockwood.integrity.check import NotChecked, Outcome, Role, Subject, Weight
 from knockwood.integrity.databases import about_the_server
 from knockwood.model import Finding, Location, Severity, Verdict
-from knockwood.repository.backups import list_backups
+from knockwood.repository.backups.listing import list_backups
 
 
 @dataclass(frozen=True, slots=True)

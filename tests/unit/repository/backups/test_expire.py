@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fix_archive import a_backup
 from knockwood.model import Lsn, Timeline, Verdict, WalSegment
-from knockwood.repository.backups import Backup, ExpiryPlan, plan_expiry
+from knockwood.repository.backups.expire import ExpiryPlan, plan_expiry
+from knockwood.repository.backups.model import Backup
 from knockwood.repository.inventory import ArchiveInventory, Partial
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fix_archive import a_backup
 from knockwood.errors import ObjectMissingError, RepositoryFormatError, TargetUnreachableError
 from knockwood.model import Lsn, Verdict
-from knockwood.repository.backups import Backup, BackupHealth, BadPage, Pack, Tablespace, chain
+from knockwood.repository.backups.model import Backup, BackupHealth, BadPage, Pack, Tablespace, chain
 
 NOW = datetime(2026, 6, 1, 12, 30, tzinfo=UTC)
 
