@@ -1,0 +1,113 @@
+"""Good images of pages from a clone, each proven from WAL to be the newest of its block."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from knockwood.errors import RefusedError
+from knockwood.host.direct import read_block
+from knockwood.integrity.check import Subject
+from knockwood.model.wal import Lsn
+from knockwood.postgres.connection import connect, translated
+from knockwood.postgres.pages import bad_pages, decode_header
+from knockwood.recover.pages_facts import Target, wal_facts
+from knockwood.recover.plan.pages import PAGE_BYTES, WalFacts, proves_newest, segment_of, segment_path
+from knockwood.repository.plans import RestorePlan
+
+
+class CloneOfFiles(Protocol):
+    """What is asked of a clone: its files and how far it has replayed."""
+
+    reached_lsn: Lsn
+    promoted: bool
+    plan: RestorePlan
+
+    @property
+    def data_directory(self) -> Path: ...
+
+    def dsn(self, database: str = "postgres") -> str: ...
+
+    def promote(self) -> None: ...
+
+
+class UnprovenError(RefusedError):
+    """The clone's image of a block is not proven to be the newest good one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Good:
+    """Images of blocks as of `reached`, and what the WAL from `since` up to there says of them."""
+
+    reached: Lsn
+    since: Lsn
+    images: Mapping[int, bytes]
+    wal: Mapping[int, WalFacts]
+
+
+def good_images(
+    subject: Subject,
+    clone: CloneOfFiles,
+    target: Target,
+    blocks: Collection[int],
+    *,
+    may_promote: bool = True,
+) -> Good:
+    """The newest images of the blocks as of where the clone stands.
+
+    A page on the clone's disk is believed when its LSN is that of the last record for its block, in the WAL
+    as the server or the archive has it. Pages that are still in the clone's buffers only need a checkpoint
+    there; one that has replayed none since its last must be promoted for it, and can replay no further then.
+    Raises UnprovenError, naming block and reason, where an image is not proven.
+    """
+    since = clone.plan.chain[-1].start_lsn
+    wal = wal_facts(subject, target, blocks, since, clone.reached_lsn)
+    images, doubts = _read(clone, target, blocks, wal)
+    if doubts:
+        _checkpoint(clone)
+        images, doubts = _read(clone, target, blocks, wal)
+    if doubts and may_promote and not clone.promoted:
+        clone.promote()
+        _checkpoint(clone)
+        images, doubts = _read(clone, target, blocks, wal)
+    if doubts:
+        block, reason = min(doubts.items())
+        raise UnprovenError(
+            f"the clone's image of block {block} is not proven good: {reason}",
+            where=target.name,
+            hint="name an older backup, from before the damage",
+        )
+    return Good(clone.reached_lsn, since, images, wal)
+
+
+def _checkpoint(clone: CloneOfFiles) -> None:
+    with connect(clone.dsn("template1")) as connection, translated():
+        connection.execute("checkpoint")
+
+
+def _read(
+    clone: CloneOfFiles, target: Target, blocks: Collection[int], wal: Mapping[int, WalFacts]
+) -> tuple[dict[int, bytes], dict[int, str]]:
+    images: dict[int, bytes] = {}
+    doubts: dict[int, str] = {}
+    for block in blocks:
+        _, offset = segment_of(block)
+        image = read_block(clone.data_directory / segment_path(target.path, block), offset, PAGE_BYTES)
+        reason = _doubt(image, block, wal[block])
+        if reason is None:
+            images[block] = image
+        else:
+            doubts[block] = reason
+    return images, doubts
+
+
+def _doubt(image: bytes, block: int, wal: WalFacts) -> str | None:
+    if len(image) < PAGE_BYTES:
+        return "its file ends before the block (was the table truncated or rewritten?)"
+    if not any(image):
+        return "it is all zeros there too"
+    for _, reason in bad_pages(image, block, True):
+        return f"it is damaged there too: {reason}"
+    return proves_newest(decode_header(image).lsn, wal)

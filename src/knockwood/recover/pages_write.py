@@ -1,0 +1,307 @@
+"""Mend damaged pages of a running server: judged again under the lock, evidence first, written, read back.
+
+At every moment a kill leaves each page either as it was, or good, or torn between both, which is a bad
+checksum that the next run mends. While a page that can be read is replaced nobody else may touch its table,
+and no buffer holds it: so no buffer can ever write the old content over the new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from knockwood.errors import HostError, RefusedError
+from knockwood.host import clock
+from knockwood.host.direct import write_block
+from knockwood.integrity.check import Subject
+from knockwood.model.wal import Lsn
+from knockwood.postgres.connection import connect, translated, with_words
+from knockwood.postgres.pages import decode_header, sealed
+from knockwood.recover import pages_facts as facts
+from knockwood.recover.pages_facts import Target
+from knockwood.recover.pages_images import Good
+from knockwood.recover.pages_session import Patience, Session, session
+from knockwood.recover.plan.page_masks import describe, same
+from knockwood.recover.plan.pages import (
+    Judgement,
+    PageClass,
+    Procedure,
+    WalFacts,
+    classify,
+    segment_of,
+    segment_path,
+)
+
+Keep = Callable[[str, bytes], None]
+Images = Callable[[Target, Collection[int]], Good]
+
+
+class OutdatedError(RefusedError):
+    """The WAL names a block after the point that the good image is of: a newer clone is needed."""
+
+    retry_safe = True
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """Judgements of some blocks, with what they were made from."""
+
+    target: Target
+    judgements: Mapping[int, Judgement]
+    pages: Mapping[int, bytes | None]
+    wal: Mapping[int, WalFacts]
+
+    def blocks(self, *procedures: Procedure) -> list[int]:
+        return sorted(b for b, j in self.judgements.items() if j.procedure in procedures)
+
+
+@dataclass(slots=True)
+class Repaired:
+    """What came of it. `locked_seconds` is how long the table was locked; `described` tells the damage."""
+
+    mended: list[int] = field(default_factory=list)
+    healthy: list[int] = field(default_factory=list)
+    lock: str = "nothing"
+    locked_seconds: float = 0.0
+    described: dict[int, str] = field(default_factory=dict)
+    verified: str = "not checked"
+
+
+def look(
+    open_session: Session,
+    target: Target,
+    blocks: Collection[int],
+    since: Lsn,
+    known: Mapping[int, WalFacts] | None = None,
+) -> Looked:
+    """Judge the blocks as they are now. The WAL since `since` is read where the judgement needs it, unless
+    what it says up to now is `known`.
+
+    The order makes it true: first the WAL, then the buffers, then the disk. A change that the WAL has and no
+    buffer holds has been written.
+    """
+    subject = open_session.subject
+    server = open_session.server()
+    relation = target.facts()
+    need = relation.kind in ("r", "t") and server.superuser and not server.in_recovery
+    wal: Mapping[int, WalFacts] = dict.fromkeys(blocks, WalFacts(False, reason="not asked for"))
+    if known is not None:
+        wal = known
+    elif need:
+        until = facts.flush_wal(subject, target.database)
+        wal = facts.wal_facts(subject, target, blocks, since, until)
+    buffers = open_session.buffers(target, blocks)
+    pages = {block: facts.read_page(subject, target.path, block) for block in blocks}
+    count = facts.length(open_session.connection, target)
+    judgements = {
+        block: classify(
+            facts.on_disk(pages[block], block, count), buffers[block], wal[block], relation, server
+        )
+        for block in blocks
+    }
+    return Looked(target, judgements, pages, wal)
+
+
+def repair(
+    subject: Subject,
+    database: str,
+    oid: int,
+    blocks: Sequence[int],
+    procedure: Procedure,
+    since: Lsn,
+    *,
+    images: Images,
+    keep: Keep,
+    patience: Patience | None = None,
+) -> Repaired:
+    """Mend the blocks of one relation by the procedure that was planned for them, or a milder one.
+
+    Raises RefusedError, with nothing changed, where a block needs another procedure by now; OutdatedError
+    where the images are too old.
+    """
+    with session(subject, database) as first:
+        target = facts.target_of(first.connection, database, oid)
+        seen = look(first, target, blocks, since)
+        _require(seen, procedure)
+    done = Repaired(healthy=seen.blocks(Procedure.NOTHING))
+    for block, page in seen.pages.items():
+        if page and block not in done.healthy:
+            keep(f"{target.node[2]}-{block}.damaged", page)
+    milder = seen.blocks(Procedure.WRITE)
+    for chosen, wanted in ((Procedure.WRITE, milder), (procedure, seen.blocks(procedure))):
+        left = [block for block in wanted if block not in done.mended]
+        if left:
+            _one_lock(subject, seen, chosen, left, since, images, keep, patience or Patience(), done)
+    return done
+
+
+def _require(seen: Looked, procedure: Procedure) -> None:
+    allowed = {procedure, Procedure.NOTHING}
+    if procedure is Procedure.REPLACE:
+        allowed.add(Procedure.WRITE)  # torn by a run that was killed
+    for block, judgement in sorted(seen.judgements.items()):
+        if judgement.procedure not in allowed:
+            raise RefusedError(
+                f"block {block} is {judgement.damage} now, planned was {procedure}: {judgement.reason}",
+                where=seen.target.name,
+                hint="make a new plan",
+            )
+
+
+def _one_lock(
+    subject: Subject,
+    seen: Looked,
+    procedure: Procedure,
+    blocks: list[int],
+    since: Lsn,
+    images: Images,
+    keep: Keep,
+    patience: Patience,
+    done: Repaired,
+) -> None:
+    target = seen.target
+    good = None
+    if procedure is not Procedure.SAVE_BUFFER:
+        good = images(target, blocks)
+        # Without the lock first: what comes in under it is then short.
+        until = facts.flush_wal(subject, target.database)
+        _require_current(facts.wal_facts(subject, target, blocks, good.reached, until), target)
+        for block in blocks:
+            keep(f"{target.node[2]}-{block}.good", good.images[block])
+    mode = Judgement(PageClass.REFUSED, procedure, "").lock
+    with session(subject, target.database) as locked:
+        locked.lock(target, mode, patience)
+        began = clock.monotonic()
+        try:
+            work = _Work(locked, target, blocks, procedure, good, keep, done)
+            work.run(since)
+        finally:
+            locked.connection.rollback()
+            done.lock = mode
+            done.locked_seconds += clock.monotonic() - began
+
+
+def _require_current(later: Mapping[int, WalFacts], target: Target) -> None:
+    for block, wal in sorted(later.items()):
+        if not wal.known:
+            raise RefusedError(
+                f"the image of block {block} is not proven the newest: {wal.reason}", where=target.name
+            )
+        if wal.last is not None:
+            raise OutdatedError(
+                f"block {block} was changed at {wal.last.lsn}, after the clone's end", where=target.name
+            )
+
+
+@dataclass(slots=True)
+class _Work:
+    """What happens while the lock is held."""
+
+    session: Session
+    target: Target
+    blocks: list[int]
+    procedure: Procedure
+    good: Good | None
+    keep: Keep
+    done: Repaired
+
+    def run(self, since: Lsn) -> None:
+        seen = self._judge_again(since)
+        _require(seen, self.procedure)
+        self.done.healthy += [b for b in seen.blocks(Procedure.NOTHING) if b not in self.done.healthy]
+        blocks = [b for b in self.blocks if seen.judgements[b].procedure is not Procedure.NOTHING]
+        if not blocks:
+            return
+        images = self._images(blocks)
+        for block in blocks:
+            page = seen.pages[block]
+            if page:
+                self.done.described[block] = describe(page, images[block])
+                # Nearly always what was kept before the lock: then this costs nothing.
+                self.keep(f"{self.target.node[2]}-{block}.damaged", page)
+        if self.procedure is Procedure.REPLACE:
+            self.session.evict(self.target, blocks)
+        self._write(blocks, images)
+        self._read_back(blocks, images)
+        self.done.verified = self._verify(blocks)
+        self.done.mended += blocks
+
+    def _judge_again(self, since: Lsn) -> Looked:
+        subject, target = self.session.subject, self.target
+        now = facts.target_of(self.session.connection, target.database, target.oid)
+        if now.node != target.node:
+            raise RefusedError("the table was rewritten in the meantime", where=target.name)
+        if self.good is None:
+            return look(self.session, target, self.blocks, since)
+        until = facts.flush_wal(subject, target.database)
+        later = facts.wal_facts(subject, target, self.blocks, self.good.reached, until)
+        _require_current(later, target)
+        return look(self.session, target, self.blocks, since, self.good.wal)
+
+    def _images(self, blocks: list[int]) -> dict[int, bytes]:
+        if self.good is not None:
+            return {block: sealed(self.good.images[block], block) for block in blocks}
+        found: dict[int, bytes] = {}
+        flushed = facts.flush_wal(self.session.subject, self.target.database)
+        for block in blocks:
+            image = self.session.buffer_image(self.target, block)
+            # WAL before data: a page may not be on disk before the WAL that made it.
+            if image is None or not any(image) or decode_header(image).lsn > flushed:
+                raise RefusedError(f"block {block} has left the buffers", where=self.target.name)
+            found[block] = sealed(image, block)
+        return found
+
+    def _write(self, blocks: list[int], images: Mapping[int, bytes]) -> None:
+        folder = self.session.subject.data_directory
+        assert folder is not None
+        for block in blocks:
+            _, offset = segment_of(block)
+            write_block(folder / segment_path(self.target.path, block), offset, images[block])
+
+    def _read_back(self, blocks: list[int], images: Mapping[int, bytes]) -> None:
+        for block in blocks:
+            page = facts.read_page(self.session.subject, self.target.path, block)
+            if page != images[block]:
+                raise HostError(
+                    f"block {block} was written and reads back as something else",
+                    where=self.target.path,
+                    hint="the disk is faulty: move the cluster to another one",
+                )
+
+    def _verify(self, blocks: list[int]) -> str:
+        """Read through the server, which must see the same; then let amcheck look."""
+        if self.session.server().sees_buffers:
+            for block in blocks:
+                image = self.session.buffer_image(self.target, block)
+                page = facts.read_page(self.session.subject, self.target.path, block)
+                if image is None or page is None or not same(image, page):
+                    raise HostError(
+                        f"the server does not read block {block} as it was written",
+                        where=self.target.name,
+                        hint="run the repair again",
+                    )
+        problems: list[str] = []
+        for block in blocks:
+            found = self.session.verify_heap(self.target, block, block)
+            if found is None:
+                return "the server reads the pages as written; amcheck is not installed: not checked by it"
+            problems += found
+        if problems:
+            return f"amcheck: {'; '.join(problems[:3])}"
+        return "the server reads the pages as written, and amcheck finds nothing"
+
+
+def standbys(subject: Subject) -> tuple[str, ...]:
+    """Who replicates from the server: their copies of the pages were not looked at. Receivers of WAL alone
+    have no pages."""
+    with connect(with_words(subject.dsn, application_name="knockwood repair")) as connection, translated():
+        rows = connection.execute(
+            "select distinct coalesce(nullif(application_name, ''), 'pid ' || pid) || "
+            "coalesce(' at ' || client_addr::text, '') from pg_catalog.pg_stat_replication"
+            " where state in ('streaming', 'catchup') and application_name not like 'knockwood%'"
+            " and application_name not like 'pg_receivewal%' order by 1"
+        ).fetchall()
+    return tuple(row[0] for row in rows)
+
+
+__all__ = ["Looked", "OutdatedError", "Repaired", "look", "repair", "standbys"]
