@@ -24,6 +24,7 @@ from knockwood.postgres.server import LocalServer
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.fetch import fetch_chain
 from knockwood.repository.backups.model import Progress
+from knockwood.repository.backups.partial import Part
 from knockwood.repository.repository import Repository
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Clone:
     reached_lsn: Lsn = field(default_factory=lambda: Lsn(0))
     promoted: bool = False
     timings: Timings = field(default_factory=Timings)
+    whole_because: str = ""
+    """Why this is a clone of everything where one of some relations was asked for."""
 
     @property
     def server(self) -> LocalServer:
@@ -207,9 +210,18 @@ def require_room(root: Path, plan: RestorePlan) -> None:
 
 
 def fetch(
-    clone: Clone, purpose: str, *, tablespaces: Path, progress: Report | None = None, workers: int = 4
+    clone: Clone,
+    purpose: str,
+    *,
+    tablespaces: Path,
+    progress: Report | None = None,
+    workers: int = 4,
+    part: Part | None = None,
 ) -> None:
-    """Bring backup and WAL into the workspace and settle the server's configuration but for the goal."""
+    """Bring backup and WAL into the workspace and settle the server's configuration but for the goal.
+
+    With `part` only those files of the backup.
+    """
     began = clock.monotonic()
     workspace, chain = clone.workspace, clone.plan.chain
     if clone.plan.backup.tablespaces:
@@ -225,6 +237,7 @@ def fetch(
         workers=workers,
         progress=progress,
         sync=False,
+        part=part,
     )
     workspace.detach()
     control = control_data(clone.programs, workspace.data)

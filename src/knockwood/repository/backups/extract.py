@@ -89,18 +89,19 @@ class Extractor:
                         handle = None
                     count += 1
                     path, left = entry.path, entry.size
-                    handle = self._open(entry)
+                    handle = self.open(entry)
                 elif handle is not None:
                     _write_all(handle, entry)
                     left -= len(entry)
-                if self._on_bytes is not None and not isinstance(entry, Member):
-                    self._on_bytes(len(entry), path)
+                if not isinstance(entry, Member):
+                    self.wrote(len(entry), path)
         finally:
             if handle is not None:
                 os.close(handle)
         return count
 
-    def _open(self, member: Member) -> int | None:
+    def open(self, member: Member) -> int | None:
+        """Make what a member becomes; the handle to write a file's content to, None where there is none."""
         if self._skip(member.path):
             return None
         target = self.layout.place(member.path)
@@ -115,6 +116,11 @@ class Extractor:
             target = target.with_name(target.name + INCOMPLETE)
         self.folder(target.parent)
         return create(target, self._account)
+
+    def wrote(self, count: int, path: str) -> None:
+        """Tell that so many bytes of a member were written."""
+        if self._on_bytes is not None:
+            self._on_bytes(count, path)
 
     def folder(self, path: Path) -> None:
         """Make a folder and its parents up to the layout's own."""

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 from knockwood.errors import (
@@ -29,6 +30,7 @@ from knockwood.repository.backups.extract import (
 )
 from knockwood.repository.backups.listing import read_object, read_packs
 from knockwood.repository.backups.model import Backup, Progress
+from knockwood.repository.backups.partial import Part
 from knockwood.repository.repository import Repository
 
 MARK = "knockwood-restore.incomplete"
@@ -51,6 +53,7 @@ def fetch_chain(
     workers: int = 2,
     progress: OnProgress | None = None,
     sync: bool = True,
+    part: Part | None = None,
 ) -> None:
     """Restore the files of the last backup of `chain` (the full one first) into the new folder `into`.
 
@@ -60,6 +63,7 @@ def fetch_chain(
 
     Raises DirectoryNotEmptyError, NoSpaceError, RefusedError, ObjectMissingError, ObjectDamagedError,
     WrongKeyError, ProgramsMissingError. After an error `into` holds what there was, and cannot start.
+    With `part` only some files are fetched: what comes of that is no cluster to be used as one.
     """
     _check_chain(chain)
     last = chain[-1]
@@ -69,16 +73,18 @@ def fetch_chain(
     staging = into.with_name(_STAGING.format(f".{into.name}"))
     files.remove_tree(staging)
     combine = _combiner(programs, last, account) if len(chain) > 1 else None
-    _require_space(chain, into, layout)
-    meter = _Meter(progress, sum(backup.raw_bytes for backup in chain))
+    if part is None:
+        _require_space(chain, into, layout)
+    total = sum(backup.raw_bytes for backup in chain) if part is None else part.raw_bytes
+    job = _Job(repository, account, workers, _Meter(progress, total), part)
     with files.translated(into):
         for folder in (into, *layout.tablespaces.values()):
             _make(folder, account)
         os.close(create(into / MARK, account))
         if combine is None:
-            _extract(repository, last, layout, account, workers, meter, hold=True)
+            _extract(job, last, layout, hold=True)
         else:
-            _combine(repository, chain, layout, account, workers, meter, staging, combine)
+            _combine(job, chain, layout, staging, combine)
         _finish(last, layout, account, workers, sync)
 
 
@@ -170,42 +176,50 @@ class _Meter:
         self._progress(Progress(done, self._total, path))
 
 
-def _extract(
-    repository: Repository,
-    backup: Backup,
-    layout: Layout,
-    account: Account | None,
-    workers: int,
-    meter: _Meter,
-    *,
-    hold: bool,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Job:
+    repository: Repository
+    account: Account | None
+    workers: int
+    meter: _Meter
+    part: Part | None
+
+
+def _extract(job: _Job, backup: Backup, layout: Layout, *, hold: bool) -> None:
+    # The map of tablespaces names their old places: replay would link to them.
+    extractor = Extractor(
+        layout,
+        account=job.account,
+        hold_control_file=hold,
+        on_bytes=job.meter.add,
+        skip=lambda path: path == "tablespace_map" and bool(layout.tablespaces),
+    )
+    if job.part is not None:
+        job.part.extract(backup, extractor, job.workers)
+    else:
+        _extract_packs(job, backup, extractor)
+    _write_object(job.repository, backup, layout.root / "backup_manifest", job.account)
+    _link_tablespaces(layout, job.account)
+
+
+def _extract_packs(job: _Job, backup: Backup, extractor: Extractor) -> None:
+    repository, workers = job.repository, job.workers
     index = read_packs(repository, backup)
     for pack in backup.packs:
         if pack.name not in index:
             raise ObjectDamagedError(f"the member index lacks {pack.name}", where=backup.members.name)
-    # The map of tablespaces names their old places: replay would link to them.
-    extractor = Extractor(
-        layout,
-        account=account,
-        hold_control_file=hold,
-        on_bytes=meter.add,
-        skip=lambda path: path == "tablespace_map" and bool(layout.tablespaces),
-    )
     # The largest first, so that none is left for a single thread at the end.
     packs = sorted(backup.packs, key=lambda pack: -pack.raw_bytes)
     with ThreadPoolExecutor(workers) as frames, ThreadPoolExecutor(workers) as writers:
-        jobs = [
+        running = [
             writers.submit(extract_pack, repository, pack, index[pack.name], extractor, frames)
             for pack in packs
         ]
-        done, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
-        for job in waiting:
-            job.cancel()
-        for job in done:
-            job.result()
-    _write_object(repository, backup, layout.root / "backup_manifest", account)
-    _link_tablespaces(layout, account)
+        done, waiting = wait(running, return_when=FIRST_EXCEPTION)
+        for one in waiting:
+            one.cancel()
+        for one in done:
+            one.result()
 
 
 def _write_object(repository: Repository, backup: Backup, path: Path, account: Account | None) -> None:
@@ -234,16 +248,8 @@ def _combiner(programs: Programs, last: Backup, account: Account | None) -> Prog
     return programs
 
 
-def _combine(
-    repository: Repository,
-    chain: Sequence[Backup],
-    layout: Layout,
-    account: Account | None,
-    workers: int,
-    meter: _Meter,
-    staging: Path,
-    programs: Programs,
-) -> None:
+def _combine(job: _Job, chain: Sequence[Backup], layout: Layout, staging: Path, programs: Programs) -> None:
+    account = job.account
     try:
         files.make_folder(staging)
         privileges.give(staging, account)
@@ -254,7 +260,7 @@ def _combine(
             for folder in (root, *spaces.values()):
                 folder.mkdir(mode=0o700)
                 privileges.give(folder, account)
-            _extract(repository, backup, Layout(root, spaces), account, workers, meter, hold=False)
+            _extract(job, backup, Layout(root, spaces), hold=False)
             inputs.append(root)
         result = staging / "result"
         command: list[str | Path] = [programs.path("pg_combinebackup"), "--no-sync", "-o", result]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import os
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from knockwood.host import files
 from knockwood.host.privileges import Account
 from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES, relation_file
 from knockwood.repository import codec
-from knockwood.repository.backups.extract import Extractor, Layout, create
+from knockwood.repository.backups.extract import Extractor, Layout
 from knockwood.repository.backups.listing import (
     MemberIndex,
     StoredMember,
@@ -21,6 +23,7 @@ from knockwood.repository.backups.listing import (
     read_object,
 )
 from knockwood.repository.backups.model import Backup
+from knockwood.repository.backups.tar import Member
 from knockwood.repository.repository import Repository
 
 
@@ -89,21 +92,82 @@ def fetch_members(
     return _fetch(repository, backup, index, chosen, into, account, workers)
 
 
-def read_block(repository: Repository, backup: Backup, path: str, block: int) -> bytes:
+class Part:
+    """Some files of a chain of backups (the full one first): none before `choose`.
+
+    Of all but the last backup only relations' files and what names the backup are taken: PostgreSQL
+    combines no others.
+    """
+
+    def __init__(self, repository: Repository, chain: Sequence[Backup]) -> None:
+        self._repository = repository
+        self._last = chain[-1].id
+        self._indexes = {backup.id: read_index(repository, backup) for backup in chain}
+        self._chosen: dict[str, list[StoredMember]] = {}
+        self.files = {
+            id: frozenset(file.server_path for path in index.members if (file := relation_file(path)))
+            for id, index in self._indexes.items()
+        }
+        """Per backup id the paths (as on the server) of all relation files in it, chosen or not."""
+        self.read = 0
+        """Stored bytes read so far (compressed)."""
+
+    def choose(self, wanted: Callable[[str], bool]) -> None:
+        """Choose by path as on the server (not `INCREMENTAL.`)."""
+        for id, index in self._indexes.items():
+            chosen = self._chosen[id] = []
+            for path, member in index.members.items():
+                file = relation_file(path)
+                needed = file is not None or id == self._last or member.kind == "folder"
+                if (needed or path in _IDENTITY) and wanted(file.server_path if file else path):
+                    chosen.append(member)
+
+    @property
+    def raw_bytes(self) -> int:
+        """The size of all chosen files, uncompressed."""
+        return sum(member.size for chosen in self._chosen.values() for member in chosen)
+
+    def extract(self, backup: Backup, extractor: Extractor, workers: int) -> None:
+        """Write the chosen files of one backup of the chain."""
+        index, chosen = self._indexes[backup.id], self._chosen[backup.id]
+        self.read += _extract(self._repository, backup, index, chosen, extractor, workers)
+
+
+_IDENTITY = frozenset({"PG_VERSION", "global/pg_control", "backup_label"})
+
+
+def read_block(
+    repository: Repository, backup: Backup, path: str, block: int, older: Sequence[Backup] = ()
+) -> bytes:
     """One page of a relation's fork (`path` as for its first segment, `block` counted within the fork).
 
-    Raises ObjectMissingError where the backup has no such block.
+    An incremental backup needs the `older` ones that it builds on, the full one first. Raises
+    ObjectMissingError where the backup has no such block.
     """
-    _refuse_incremental(backup)
+    chain = (*older, backup)
+    _refuse_incremental(chain[0])
     segment, within = divmod(block, SEGMENT_PAGES)
     name = f"{path}.{segment}" if segment else path
-    index = read_index(repository, backup, (name,))
-    member = index.members.get(name)
-    if member is None or (within + 1) * PAGE_BYTES > member.size:
-        raise ObjectMissingError(f"the backup holds no block {block} of {path}", where=backup.id)
-    stored = index.packs[member.pack]
-    start = member.offset + within * PAGE_BYTES
-    return b"".join(_Reader(repository, backup, stored).read([(start, PAGE_BYTES)]))
+    folder, _, base = name.rpartition("/")
+    limit: int | None = None
+    for link in reversed(chain):
+        index = read_index(repository, link, (name, f"{folder}/INCREMENTAL.{base}"))
+        whole = index.members.get(name)
+        if whole is not None:
+            if (within + 1) * PAGE_BYTES > whole.size:
+                break
+            return _read_part(repository, link, index, whole, within * PAGE_BYTES, PAGE_BYTES)
+        changed = index.members.get(f"{folder}/INCREMENTAL.{base}")
+        if changed is None:
+            break
+        number, length, offset = _in_incremental(repository, link, index, changed, within)
+        if number is not None and (limit is None or within < limit):
+            return _read_part(repository, link, index, changed, offset, PAGE_BYTES)
+        # Blocks past the newest backup's length are gone, whatever earlier ones say.
+        limit = length if limit is None else limit
+        if within >= limit:
+            break
+    raise ObjectMissingError(f"the backup holds no block {block} of {path}", where=backup.id)
 
 
 def _refuse_incremental(backup: Backup) -> None:
@@ -111,8 +175,37 @@ def _refuse_incremental(backup: Backup) -> None:
         raise RefusedError(
             "an incremental backup holds only the blocks that changed",
             where=backup.id,
-            hint="fetch from the full backup of its chain; the WAL brings the rest",
+            hint="fetch from its whole chain, the full backup first",
         )
+
+
+def _in_incremental(
+    repository: Repository, backup: Backup, index: MemberIndex, member: StoredMember, block: int
+) -> tuple[int | None, int, int]:
+    """Which of an incremental file's pages is `block` (or None), the length it states, and the page's place.
+
+    The format is of src/include/backup/basebackup_incremental.h: magic, count, length, block numbers.
+    """
+    head = _read_part(repository, backup, index, member, 0, 12)
+    magic, count, length = struct.unpack("<III", head)
+    if magic != _INCREMENTAL_MAGIC or 12 + 4 * count > member.size:
+        raise ObjectDamagedError("not an incremental file", where=member.path)
+    numbers = struct.unpack(f"<{count}I", _read_part(repository, backup, index, member, 12, 4 * count))
+    if block not in numbers:
+        return None, length, 0
+    # The pages are the end of the file, whatever the padding before them.
+    position = numbers.index(block)
+    return position, length, member.size - (count - position) * PAGE_BYTES
+
+
+_INCREMENTAL_MAGIC = 0xD3AE1F0D
+
+
+def _read_part(
+    repository: Repository, backup: Backup, index: MemberIndex, member: StoredMember, start: int, size: int
+) -> bytes:
+    reader = _Reader(repository, backup, index.packs[member.pack])
+    return b"".join(reader.read([(member.offset + start, size)]))
 
 
 def _fetch(
@@ -128,42 +221,54 @@ def _fetch(
     total = sum(member.size for member in chosen)
     files.require_space(into, total, "fetching these files")
     layout = Layout(into, {space.oid: into / "pg_tblspc" / str(space.oid) for space in backup.tablespaces})
-    extractor = Extractor(layout, account=account, hold_control_file=False)
-    by_pack: dict[int, list[StoredMember]] = {}
     with files.translated(into):
         files.make_folder(into)
+    extractor = Extractor(layout, account=account, hold_control_file=False)
+    read = _extract(repository, backup, index, chosen, extractor, workers)
+    names = tuple(sorted(member.path for member in chosen if member.kind == "file"))
+    return PartialFetch(names, total, read)
+
+
+def _extract(
+    repository: Repository,
+    backup: Backup,
+    index: MemberIndex,
+    chosen: Collection[StoredMember],
+    extractor: Extractor,
+    workers: int,
+) -> int:
+    """Write members; the stored bytes that were read."""
+    by_pack: dict[int, list[StoredMember]] = {}
+    with files.translated(extractor.layout.root):
         for member in chosen:
             if member.kind == "folder":
-                extractor.folder(layout.place(member.path))
+                extractor.folder(extractor.layout.place(member.path))
             elif member.kind == "file":
                 by_pack.setdefault(member.pack, []).append(member)
-        for members in by_pack.values():
-            members.sort(key=lambda member: member.offset)
-        readers = [(_Reader(repository, backup, index.packs[number]), number) for number in by_pack]
+        readers = []
         with ThreadPoolExecutor(workers) as pool:
-            jobs = [
-                pool.submit(_write, reader, by_pack[number], extractor, account) for reader, number in readers
-            ]
+            jobs = []
+            for number, members in by_pack.items():
+                members.sort(key=lambda member: member.offset)
+                readers.append(_Reader(repository, backup, index.packs[number]))
+                jobs.append(pool.submit(_write, readers[-1], members, extractor))
             for job in jobs:
                 job.result()
-    names = tuple(sorted(member.path for member in chosen if member.kind == "file"))
-    return PartialFetch(names, total, sum(reader.stored_bytes for reader, _ in readers))
+    return sum(reader.stored_bytes for reader in readers)
 
 
-def _write(
-    reader: _Reader, members: list[StoredMember], extractor: Extractor, account: Account | None
-) -> None:
+def _write(reader: _Reader, members: list[StoredMember], extractor: Extractor) -> None:
     pieces = reader.read([(member.offset, member.size) for member in members])
     rest = b""
     for member in members:
-        target = extractor.layout.place(member.path)
-        extractor.folder(target.parent)
-        left = member.size
-        with open(create(target, account), "wb") as file:
+        handle = extractor.open(Member(member.path, member.size, member.mode))
+        with open(handle if handle is not None else os.devnull, "wb") as file:
+            left = member.size
             while left:
                 data = rest or next(pieces)
                 rest = data[left:]
                 file.write(data[:left])
+                extractor.wrote(min(left, len(data)), member.path)
                 left -= min(left, len(data))
 
 

@@ -1,0 +1,298 @@
+"""Clones of some relations: they cost what these relations and the WAL cost, whatever the database's size.
+
+The catalogs, the transaction status and the wanted relations' files are fetched, nothing else. Relations
+left out have no file, and the WAL that speaks of them is silenced (`partial_wal`), so that none comes into
+being with holes: PostgreSQL itself raises an error for whoever reads one. What can be read is right.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from knockwood.clone import goal as goals
+from knockwood.clone.partial_files import RelationKey, Selection, select
+from knockwood.clone.partial_wal import Locator, WalFilter, locator_of
+from knockwood.clone.registry import Registry, sign
+from knockwood.clone.spawn import Clone, Report, fetch, make, spawn
+from knockwood.clone.workspace import Workspace
+from knockwood.errors import (
+    KnockwoodError,
+    NoSpaceError,
+    ObjectMissingError,
+    PostgresError,
+    ProgramFailedError,
+    RefusedError,
+)
+from knockwood.host import files, privileges
+from knockwood.host.privileges import Account
+from knockwood.model.wal import Lsn
+from knockwood.postgres.binaries import Programs, find_programs
+from knockwood.postgres.connection import Connection, connect, translated
+from knockwood.repository.backups.listing import relation_map
+from knockwood.repository.backups.partial import Part
+from knockwood.repository.repository import Repository
+
+if TYPE_CHECKING:
+    from knockwood.repository.targets import RestorePlan
+
+__all__ = ["PartialClone", "PartialImpossibleError", "RelationKey", "spawn_for", "spawn_partial"]
+
+_FAMILY: Final = """
+with recursive tree(oid) as (
+    select c.oid from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+    where c.oid = %(oid)s::oid or pg_catalog.pg_relation_filenode(c.oid) = %(filenode)s::oid
+       or (%(oid)s::oid is null and %(filenode)s::oid is null
+           and n.nspname = %(schema)s and c.relname = %(name)s)
+    union
+    select i.inhrelid from pg_catalog.pg_inherits i join tree on i.inhparent = tree.oid
+), tables as (
+    select oid from tree
+    union
+    select c.reltoastrelid from pg_catalog.pg_class c join tree using (oid) where c.reltoastrelid <> 0
+), every as (
+    select oid from tables
+    union
+    select x.indexrelid from pg_catalog.pg_index x join tables on x.indrelid = tables.oid
+)
+select c.oid::regclass::text, pg_catalog.pg_relation_filepath(c.oid)
+from pg_catalog.pg_class c join every using (oid)
+where pg_catalog.pg_relation_filenode(c.oid) is not null and c.relpersistence = 'p'
+"""
+
+
+class PartialImpossibleError(RefusedError):
+    """A clone of these relations alone would not hold all of them; `more` are files that might mend it."""
+
+    def __init__(self, what: str, *, more: Collection[Locator] = ()) -> None:
+        super().__init__(what, hint="a clone of the whole backup does")
+        self.more = frozenset(more)
+
+
+@dataclass(slots=True)
+class PartialClone(Clone):
+    """A clone that holds `keys` and no other relation of the users'; it can never be promoted.
+
+    `wal_filter` tells what was silenced, `part` what was fetched. Sizes in bytes.
+    """
+
+    keys: tuple[RelationKey, ...] = ()
+    part: Part | None = None
+    wal_filter: WalFilter | None = None
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Stored bytes of the backup that were read (compressed), without its lists of files."""
+        return self.part.read if self.part else 0
+
+    def fill_spool(self, plan: RestorePlan, progress: Report | None = None, workers: int = 4) -> None:
+        """Fetch WAL, and silence in it what concerns relations that are not here."""
+        assert self.wal_filter is not None
+        renewed = [piece.segment.start for piece in self.spool.missing(plan.wal)]
+        Clone.fill_spool(self, plan, progress, workers)
+        start = plan.backup.start_lsn
+        if self.wal_filter.reached is not None:
+            start = min([self.wal_filter.reached, *renewed])
+        self.wal_filter.apply([piece.segment for piece in plan.wal], start, plan.target_lsn)
+
+    def replay(self, progress: Report | None = None) -> Lsn:
+        """Run recovery to the plan's goal, and prove that nothing incomplete can be read there."""
+        reached = Clone.replay(self, progress)
+        _prove(self)
+        return reached
+
+    def promote(self) -> None:
+        """Refused: what was left out would be missing for good."""
+        raise RefusedError(
+            "a clone of some relations is never opened for writes", hint="make a clone of the whole backup"
+        )
+
+
+def spawn_partial(
+    repository: Repository,
+    plan: RestorePlan,
+    relations: Collection[RelationKey],
+    *,
+    purpose: str,
+    into: Path | None = None,
+    programs: Programs | None = None,
+    progress: Report | None = None,
+    keep: bool = False,
+    account: Account | None = None,
+    settings: Mapping[str, str] | None = None,
+    workers: int = 4,
+    registry: Registry | None = None,
+    more: Collection[Locator] = (),
+) -> PartialClone:
+    """A clone at the plan's target, read-only and paused, that holds only `relations` and the catalogs.
+
+    Reading any other table, index, sequence of another database, or large object of it is an error.
+    Options are those of `clone.spawn.spawn`. Raises PartialImpossibleError where the relations would not
+    be whole on it, UnreadableError where PostgreSQL cannot pause at the target.
+    """
+    programs = programs or find_programs(plan.backup.major)
+    registry = registry or Registry()
+    with suppress(KnockwoodError):
+        registry.sweep()
+    selection, part = _choose(repository, plan, relations, more)
+    entry = registry.enter(purpose, into)
+    try:
+        workspace = Workspace(entry.record.root, account or privileges.server_account())
+        made = make(repository, plan, workspace, programs, entry.record.socket_directory, "fail")
+        clone = PartialClone(
+            **{name: getattr(made, name) for name in Clone.__dataclass_fields__},
+            keys=tuple(relations),
+            part=part,
+            wal_filter=_filter(made, plan, selection, part),
+        )
+        clone.entry = entry
+        _require_room(workspace.root, plan, part)
+        workspace.create(lambda: sign(entry.record))
+    except BaseException:
+        entry.remove()
+        raise
+    try:
+        fetch(
+            clone, purpose, tablespaces=workspace.tablespaces, progress=progress, workers=workers, part=part
+        )
+        clone.recovery.settings |= goals.throw_away_settings(True)
+        # Looking ahead at blocks that are not here would only cost.
+        clone.recovery.settings |= {"recovery_prefetch": "off"} if programs.major >= 15 else {}
+        clone.recovery.settings |= dict(settings or {})
+        clone.replay(progress)
+    except BaseException:
+        clone.destroy()
+        raise
+    clone.keep = keep
+    return clone
+
+
+def spawn_for(
+    repository: Repository,
+    plan: RestorePlan,
+    relations: Collection[RelationKey],
+    *,
+    purpose: str,
+    into: Path | None = None,
+    programs: Programs | None = None,
+    progress: Report | None = None,
+    keep: bool = False,
+    account: Account | None = None,
+    settings: Mapping[str, str] | None = None,
+    workers: int = 4,
+    registry: Registry | None = None,
+) -> Clone:
+    """A clone on which `relations` can be read: a partial one, or where that is not safe a whole one.
+
+    A whole one says why in `whole_because`. It may be promoted if PostgreSQL cannot pause at the target.
+    """
+    options: dict[str, Any] = {
+        "purpose": purpose,
+        "into": into,
+        "programs": programs,
+        "progress": progress,
+        "keep": keep,
+        "account": account,
+        "settings": settings,
+        "workers": workers,
+        "registry": registry,
+    }
+    more: frozenset[Locator] = frozenset()
+    while True:
+        try:
+            return spawn_partial(repository, plan, relations, more=more, **options)
+        except NoSpaceError:
+            raise
+        except PartialImpossibleError as error:
+            reason = error.what
+            # Once more with what the catalogs of the target named: partitions, a table renamed since.
+            if more or not error.more:
+                break
+            more = error.more
+        except (RefusedError, PostgresError, ProgramFailedError, ObjectMissingError) as error:
+            reason = error.what
+            break
+    clone = spawn(repository, plan, **options)
+    clone.whole_because = reason
+    return clone
+
+
+def _choose(
+    repository: Repository, plan: RestorePlan, keys: Collection[RelationKey], more: Collection[Locator]
+) -> tuple[Selection, Part]:
+    if not keys:
+        raise RefusedError("no relation is named that the clone should hold")
+    found = relation_map(repository, plan.backup)
+    part = Part(repository, plan.chain)
+    selection = select(found, part.files[plan.backup.id], keys, more)
+    part.choose(selection.wants)
+    return selection, part
+
+
+def _filter(clone: Clone, plan: RestorePlan, selection: Selection, part: Part) -> WalFilter:
+    present, absent = selection.split(part.files[plan.backup.id])
+    return WalFilter(clone.programs, clone.spool.folder, plan.backup.segment_bytes, present, absent)
+
+
+def _require_room(root: Path, plan: RestorePlan, part: Part) -> None:
+    wal = sum(piece.segment.bytes for piece in plan.wal)
+    unpacked = part.raw_bytes * (2 if len(plan.chain) > 1 else 1)
+    files.require_space(root, unpacked + 2 * wal, "the clone of some relations")
+
+
+# --- what was made is proven ----------------------------------------------------------------------
+
+
+def _prove(clone: PartialClone) -> None:
+    """Raise PartialImpossibleError unless every relation's file here is whole, and every wanted one is here."""
+    known = clone.wal_filter
+    assert known is not None
+    if known.unexplained:
+        relation = "/".join(map(str, next(iter(known.unexplained))))
+        raise PartialImpossibleError(
+            f"the WAL changes relation {relation}, which neither the backup holds nor the WAL makes"
+        )
+    for path in _relation_files(clone.data_directory):
+        relation_here = locator_of(path)
+        if relation_here is not None and not known.whole(relation_here):
+            raise PartialImpossibleError(f"replay made {path}, which is not whole")
+    missing: dict[str, Locator] = {}
+    with connect(clone.dsn("template1")) as connection, translated():
+        rows = connection.execute("select datname from pg_catalog.pg_database").fetchall()
+    databases = {row[0] for row in rows}
+    for key in clone.keys:
+        if key.database in databases:
+            with connect(clone.dsn(key.database)) as connection:
+                missing |= _missing(clone, known, key, connection)
+    if missing:
+        raise PartialImpossibleError(
+            f"{', '.join(sorted(missing)[:3])} would not be whole on it",
+            more=[place for place in missing.values() if place in known.absent],
+        )
+
+
+def _missing(
+    clone: PartialClone, known: WalFilter, key: RelationKey, connection: Connection
+) -> dict[str, Locator]:
+    """The relations that belong to a key and are not here, by name."""
+    words = {"oid": key.oid, "filenode": key.filenode, "schema": key.schema, "name": key.name}
+    with translated():
+        rows = connection.execute(_FAMILY, words).fetchall()
+    missing = {}
+    for name, path in rows:
+        place = locator_of(path)
+        if place is None or not known.whole(place) or not (clone.data_directory / path).exists():
+            missing[name] = place or (0, 0, 0)
+    return missing
+
+
+def _relation_files(data_directory: Path) -> Iterable[str]:
+    folders = [data_directory / "base", *sorted((data_directory / "pg_tblspc").iterdir())]
+    for top in folders:
+        for folder, _, names in os.walk(top):
+            below = Path(folder).relative_to(data_directory)
+            yield from (f"{below}/{name}" for name in names)

@@ -1,0 +1,149 @@
+"""Which files of a backup a clone of some relations needs, and which relations it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from knockwood.clone.partial_wal import Locator, locator_of
+from knockwood.errors import ObjectMissingError
+from knockwood.repository.backups.listing import Relation, RelationMap
+
+_FIRST_NORMAL = 16384
+_TEMPLATE1 = 1
+
+# pg_largeobject and its index: catalogs by name, as large as the users made them.
+_LARGE_OBJECTS: Final = frozenset({2613, 2683})
+
+_TOP: Final = frozenset(
+    {
+        "base",
+        "global",
+        "PG_VERSION",
+        "backup_label",
+        "tablespace_map",
+        "pg_commit_ts",
+        "pg_dynshmem",
+        "pg_logical",
+        "pg_multixact",
+        "pg_notify",
+        "pg_replslot",
+        "pg_serial",
+        "pg_snapshots",
+        "pg_stat",
+        "pg_stat_tmp",
+        "pg_subtrans",
+        "pg_tblspc",
+        "pg_twophase",
+        "pg_wal",
+        "pg_xact",
+    }
+)
+"""What a server needs of a data directory; a log folder or a stray file can be of any size."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelationKey:
+    """A relation that somebody wants to read, by name, by `oid`, or by the `filenode` that WAL names.
+
+    The name is that at the clone's target (found also where it was made after the backup). With a table
+    come its TOAST relation, its indexes and its partitions.
+    """
+
+    database: str
+    schema: str = ""
+    name: str = ""
+    oid: int | None = None
+    filenode: int | None = None
+
+    def __str__(self) -> str:
+        what = f"{self.schema}.{self.name}" if self.name else f"relation {self.oid or self.filenode}"
+        return f"{self.database}.{what}"
+
+    def matches(self, relation: Relation) -> bool:
+        """Whether the recorded relation is the one meant."""
+        if relation.database != self.database:
+            return False
+        if self.oid is not None:
+            return relation.oid == self.oid
+        if self.filenode is not None:
+            return relation.filenode == self.filenode
+        return (relation.schema, relation.name) == (self.schema, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The files to fetch: `relations` (with all forks and segments), and of `whole` databases everything."""
+
+    relations: frozenset[Locator]
+    whole: frozenset[int] = frozenset()
+
+    def wants(self, path: str) -> bool:
+        """Whether the file at `path` (relative to the data directory) is fetched."""
+        relation = locator_of(path)
+        if relation is None:
+            return path.split("/", 1)[0] in _TOP
+        return relation in self.relations or relation[1] == 0 or relation[1] in self.whole
+
+    def split(self, paths: Iterable[str]) -> tuple[frozenset[Locator], frozenset[Locator]]:
+        """The relations among the backup's files that are fetched, and those left out."""
+        present: set[Locator] = set()
+        absent: set[Locator] = set()
+        for path in paths:
+            relation = locator_of(path)
+            if relation is not None:
+                (present if self.wants(path) else absent).add(relation)
+        return frozenset(present), frozenset(absent)
+
+
+def select(
+    found: RelationMap,
+    paths: Iterable[str],
+    keys: Collection[RelationKey],
+    more: Collection[Locator] = (),
+) -> Selection:
+    """What to fetch of a backup with the files `paths` to read `keys` (and the relations `more`).
+
+    Raises ObjectMissingError where the map of a wanted database was not recorded.
+    """
+    names = {key.database for key in keys} | {"template1", "postgres"}
+    for key in keys:
+        if key.database in found.not_recorded:
+            raise ObjectMissingError(
+                f"the relations of database {key.database} were not recorded with the backup:"
+                f" {found.not_recorded[key.database]}"
+            )
+    recorded = [relation for relation in found.relations if relation.database in names]
+    wanted = set(more) | _recorded(found, recorded, keys)
+    large = _places(relation for relation in recorded if relation.oid in _LARGE_OBJECTS) - wanted
+    databases = {relation.database_oid for relation in recorded}
+    numbers = {key.filenode for key in keys if key.filenode is not None}
+    for path in paths:
+        place = locator_of(path)
+        if place is None or place in large or place[1] not in databases:
+            continue
+        if place[2] < _FIRST_NORMAL or place[2] in numbers:
+            wanted.add(place)
+    # Without its map nobody knows where a database's catalogs lie; it is small if nobody may enter it.
+    whole = {_TEMPLATE1} if "template1" in found.not_recorded else set()
+    return Selection(frozenset(wanted), frozenset(whole))
+
+
+def _recorded(
+    found: RelationMap, recorded: Collection[Relation], keys: Collection[RelationKey]
+) -> set[Locator]:
+    """The catalogs, the sequences (small, and which are a table's own is not recorded) and what is asked for."""
+    wanted = _places(
+        relation
+        for relation in recorded
+        if relation.kind == "S" or (relation.oid < _FIRST_NORMAL and relation.oid not in _LARGE_OBJECTS)
+    )
+    for relation in recorded:
+        if any(key.matches(relation) for key in keys):
+            wanted |= _places(found.family(relation))
+    return wanted
+
+
+def _places(relations: Iterable[Relation]) -> set[Locator]:
+    return {place for relation in relations if (place := locator_of(relation.path)) is not None}
