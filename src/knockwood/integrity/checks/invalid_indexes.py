@@ -45,7 +45,7 @@ class InvalidIndexes:
                 remedy="attach or build the missing index of each partition"
                 if kind == "I"
                 else f"REINDEX INDEX CONCURRENTLY {index}; or DROP INDEX CONCURRENTLY {index};",
-                evidence=flags,
+                evidence=flags | {"relkind": kind},
             )
 
 
