@@ -7,12 +7,20 @@ import os
 from hypothesis import settings
 
 from fix_s3 import s3_proxy, s3_server
-from fix_server import every_version, installations, new_server, shared_folder, templates
+from fix_server import (
+    every_version,
+    installations,
+    new_server,
+    new_server_of_module,
+    shared_folder,
+    templates,
+)
 
 __all__ = [
     "every_version",
     "installations",
     "new_server",
+    "new_server_of_module",
     "s3_proxy",
     "s3_server",
     "shared_folder",

@@ -65,6 +65,26 @@ def new_server(
     `segment_megabytes=1` makes small WAL segments. Skips where that version is not installed
     (18 always is). Everything is stopped and removed afterwards.
     """
+    yield from _factory(shared_folder, templates, installations, request)
+
+
+@pytest.fixture(scope="module")
+def new_server_of_module(
+    shared_folder: Path,
+    templates: Callable[[int, int], Path],
+    installations: dict[int, Programs],
+    request: pytest.FixtureRequest,
+) -> Iterator[ServerFactory]:
+    """The same for servers that all tests of a module share."""
+    yield from _factory(shared_folder, templates, installations, request)
+
+
+def _factory(
+    shared_folder: Path,
+    templates: Callable[[int, int], Path],
+    installations: dict[int, Programs],
+    request: pytest.FixtureRequest,
+) -> Iterator[ServerFactory]:
     servers: list[LocalServer] = []
 
     def make(
@@ -75,7 +95,7 @@ def new_server(
                 pytest.fail("PostgreSQL 18 is part of the test installation and was not found")
             pytest.skip(f"PostgreSQL {major} is not installed")
         account = privileges.server_account()
-        folder = shared_folder / f"{abs(hash(request.node.nodeid)):x}-{len(servers)}"
+        folder = shared_folder / f"{abs(hash((request.node.nodeid, request.scope))):x}-{len(servers)}"
         folder.mkdir()
         privileges.give(folder, account)
         shutil.copytree(templates(major, segment_megabytes), folder / "data", symlinks=True)
