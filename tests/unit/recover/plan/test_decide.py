@@ -81,7 +81,7 @@ def test_an_unknown_check_is_named_with_its_own_remedy() -> None:
 
 def test_a_damaged_index_is_rebuilt_without_blocking_writers() -> None:
     [step] = decide([index(), index(check="page_checksums")], READY).steps
-    assert (step.kind, step.blocked_seconds) == ("reindex", 0.0)
+    assert (step.kind, step.blocked_seconds) == ("rebuild-index", 0.0)
     assert step.arguments == {"database": "shop", "index": "public.t_pkey", "concurrently": True}
 
 
@@ -94,7 +94,7 @@ def test_an_index_of_a_catalog_blocks_and_says_so() -> None:
 @pytest.mark.parametrize("name", ["public.t_pkey_ccnew", "public.t_pkey_ccnew1", 'public."T_ccold"'])
 def test_what_a_failed_rebuild_left_is_dropped(name: str) -> None:
     assert kinds(index(name, check="invalid_indexes")) == ["drop-index"]
-    assert kinds(index(name, check="amcheck_index")) == ["reindex"]
+    assert kinds(index(name, check="amcheck_index")) == ["rebuild-index"]
 
 
 def test_the_index_of_a_partitioned_table_is_not_rebuilt() -> None:
@@ -108,13 +108,13 @@ def test_no_index_is_built_from_a_table_that_stays_damaged() -> None:
     plan = decide([page(), index()], READY)
     assert plan.steps == ()
     assert len(plan.refused) == 2
-    assert kinds(page(), index(), offers=(offer(page()),)) == ["mend", "reindex"]
-    assert kinds(page("public.other"), index()) == ["reindex"]
+    assert kinds(page(), index(), offers=(offer(page()),)) == ["mend", "rebuild-index"]
+    assert kinds(page("public.other"), index()) == ["rebuild-index"]
 
 
 def test_an_index_that_knows_more_than_its_table_waits_for_lost_writes() -> None:
     found = index(check="index_against_heap")
-    assert kinds(found) == ["reindex"]
+    assert kinds(found) == ["rebuild-index"]
     plan = decide([found], replace(READY, checked={}))
     assert not plan.steps
     assert "lost_writes" in plan.refused[0]
@@ -123,7 +123,7 @@ def test_an_index_that_knows_more_than_its_table_waits_for_lost_writes() -> None
 def test_sequences_are_set_after_the_rows_are_back() -> None:
     rows = finding("invariants", database="shop", evidence={"invariant": "sum"})
     revert = replace(offer(rows, rank=Rank.ROW_REVERT), turn=Turn.ROWS)
-    assert kinds(sequence(), rows, index(), offers=(revert,)) == ["mend", "reindex", "setval"]
+    assert kinds(sequence(), rows, index(), offers=(revert,)) == ["mend", "rebuild-index", "setval"]
 
 
 def test_wrong_rows_need_their_culprit() -> None:
@@ -365,8 +365,8 @@ def test_no_index_is_rebuilt_over_damage(case: tuple[list[Finding], Situation, l
     healed = {key(each) for each in plan.heals}
     damages = [classify(each, situation) for each in findings]
     unsound = {d.table for d in damages if d.kind in OF_TABLES and key(d.finding) not in healed}
-    if any(step.kind == "reindex" for step in plan.steps):
-        rebuilt = {step.arguments["index"] for step in plan.steps if step.kind == "reindex"}
+    if any(step.kind == "rebuild-index" for step in plan.steps):
+        rebuilt = {step.arguments["index"] for step in plan.steps if step.kind == "rebuild-index"}
         for damage in damages:
             if damage.kind is Kind.INDEX and damage.finding.location.index in rebuilt:
                 assert damage.table not in unsound or key(damage.finding) not in healed

@@ -68,7 +68,7 @@ def _reindex(database: str, index: str, table: str | None, system: bool, situati
     locks = f"writes to {table or 'the catalog'}" if system else "nothing but DDL on the table"
     lasting = Rates.seconds(read, situation.rates.scan)
     return Step(
-        kind="reindex",
+        kind="rebuild-index",
         title=f"rebuild index {index}" + (f" in database {database}" if database else ""),
         arguments={"database": database or None, "index": index, "concurrently": not system},
         preconditions=(
