@@ -9,7 +9,7 @@ import pytest
 from fix_clones import one, protected, rows
 from knockwood.errors import ObjectMissingError, RefusedError
 from knockwood.operations.restore_table import restore_table
-from knockwood.operations.table_definition import TableName
+from knockwood.recover.table_definition import TableName
 from knockwood.postgres.connection import connect
 from knockwood.repository.targets import BeforeXid, Latest
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from knockwood.clone.partial import RelationKey, spawn_for
 from knockwood.clone.registry import Registry
-from knockwood.clone.spawn import Clone, spawn
+from knockwood.clone.spawn import Clone
 from knockwood.errors import ObjectDamagedError, RefusedError
 from knockwood.host import clock, files, processes
 from knockwood.model import Lsn
-from knockwood.operations.table_definition import (
+from knockwood.recover.table_definition import (
     TableDefinition,
     TableName,
     destination,
@@ -46,6 +47,8 @@ class TableOutcome:
     rows: int | None = None
     left_out: tuple[str, ...] = ()
     seconds: float = 0.0
+    whole_because: str = ""
+    """Why the whole backup was fetched and not only the table."""
 
 
 def restore_table(
@@ -82,9 +85,10 @@ def restore_table(
     outcome = TableOutcome(table, place, False, _steps(plan, table, name, file), plan)
     if not apply:
         return outcome
-    with spawn(
+    with spawn_for(
         repository,
         plan,
+        [RelationKey(table.database, table.schema, table.table)],
         programs=programs_for(plan.backup.major),
         purpose=f"restore of table {table}",
         progress=progress,
@@ -108,7 +112,14 @@ def _bring_back(
             with connect(with_words(live_dsn, dbname=table.database)) as live:
                 _load(source, live, definition, name, expected, _comment(table, clone))
     left_out = definition.left_out if file is None else ()
-    return replace(outcome, applied=True, reached_lsn=clone.reached_lsn, rows=expected[0], left_out=left_out)
+    return replace(
+        outcome,
+        applied=True,
+        reached_lsn=clone.reached_lsn,
+        rows=expected[0],
+        left_out=left_out,
+        whole_because=clone.whole_because,
+    )
 
 
 def _copy_name(table: str) -> str:
@@ -119,10 +130,11 @@ def _copy_name(table: str) -> str:
 
 
 def _steps(plan: RestorePlan, table: TableName, name: str, file: Path | None) -> tuple[str, ...]:
-    size = sum(link.raw_bytes for link in plan.chain) + sum(piece.segment.bytes for piece in plan.wal)
+    size = sum(piece.segment.bytes for piece in plan.wal)
     where = f"{plan.target_lsn}" if plan.target_lsn else "its end"
     first = (
-        f"restore backup {plan.backup.id} into a throw-away clone ({size / 1e6:.0f} MB) and replay to {where}"
+        f"restore the table from backup {plan.backup.id} into a throw-away clone"
+        f" and replay {size / 1e6:.0f} MB of WAL to {where}"
     )
     if file is not None:
         return (first, f"write {table} with pg_dump into {file}", "remove the clone")

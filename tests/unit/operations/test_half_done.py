@@ -11,7 +11,7 @@ from knockwood.errors import DirectoryNotEmptyError, HostError, LockHeldError, R
 from knockwood.operations import half_done
 from knockwood.operations.half_done import WORK, HalfDone
 from knockwood.operations.restore_table import _copy_name
-from knockwood.operations.table_definition import TableName
+from knockwood.recover.table_definition import TableName
 
 
 def begin(into: Path, again: bool = False) -> Path:

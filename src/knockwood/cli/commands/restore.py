@@ -19,7 +19,7 @@ from knockwood.operations.freshness import bring_up_to_date, require_complete
 from knockwood.operations.restore import RestoreOutcome
 from knockwood.operations.restore import restore as restore_cluster
 from knockwood.operations.restore_table import TableOutcome, restore_table
-from knockwood.operations.table_definition import TableName
+from knockwood.recover.table_definition import TableName
 from knockwood.repository.plans import Missing
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, Target, parse_target
