@@ -10,7 +10,7 @@ from typing import Any
 from knockwood.errors import RefusedError
 from knockwood.history.transaction import TableId
 from knockwood.integrity.databases import rows
-from knockwood.integrity.fingerprint import Types
+from knockwood.integrity.fingerprint import Type, Types
 from knockwood.integrity.tables import types_of
 from knockwood.postgres.connection import Connection, translated
 from knockwood.recover.plan.rows import ForeignKey, Schema, TableFacts, UniqueKey
@@ -123,7 +123,9 @@ def _table(
     types: Types,
 ) -> LiveTable:
     live = {}
-    for name, quoted_name, _, _, typ, array, delimiter, collation, type_oid in columns:
+    for name, quoted_name, _, _, typ, array_type, delimiter, collation, type_oid in columns:
+        # unnest() of composites would make a column of each of their parts.
+        array = None if _base(type_oid, types).kind == "c" else array_type
         live[name] = LiveColumn(
             name,
             quoted_name,
@@ -149,12 +151,17 @@ def _table(
     return LiveTable(facts, source, live, dict(zip(names, operators, strict=True)))
 
 
-def _image(oid: int, types: Types) -> str | None:
-    """The expression for a value's image over `{}`; None where the type cannot be sent."""
-    kind, cast = types[oid], ""
+def _base(oid: int, types: Types) -> Type:
+    kind = types[oid]
     while kind.kind == "d":
         kind = types[kind.base]
-        cast = f"::{kind.name}"
+    return kind
+
+
+def _image(oid: int, types: Types) -> str | None:
+    """The expression for a value's image over `{}`; None where the type cannot be sent."""
+    kind = _base(oid, types)
+    cast = "" if kind.oid == oid else f"::{kind.name}"
     return f"{kind.send}({{}}{cast})" if _sendable(oid, types) else None
 
 

@@ -60,7 +60,7 @@ def describe(damaged: bytes, good: bytes) -> str:
         return "it does not differ"
     if not any(damaged):
         return "it is all zeros"
-    differing = [at for at in range(min(len(damaged), len(good))) if damaged[at] != good[at]]
+    differing = _differing(masked(damaged), masked(good)) or _differing(damaged, good)
     bits = sum((damaged[at] ^ good[at]).bit_count() for at in differing)
     sectors = sorted({at // _SECTOR for at in differing})
     if bits == 1:
@@ -71,3 +71,7 @@ def describe(damaged: bytes, good: bytes) -> str:
         side = "first" if sectors[0] == 0 else "last"
         return f"torn: its {side} {len(sectors) * _SECTOR} bytes are not those of the good page"
     return f"{len(differing)} bytes differ, from byte {differing[0]} to {differing[-1]}"
+
+
+def _differing(one: bytes, other: bytes) -> list[int]:
+    return [at for at in range(min(len(one), len(other))) if one[at] != other[at]]
