@@ -16,8 +16,11 @@ Kind = Literal["insert", "update", "delete"]
 class RelationChanges:
     """Row changes of one transaction in one relation, by the numbers WAL uses.
 
-    Counts are of heap tuples: a TRUNCATE has none (`truncated`), and neither has a rewrite (`rewritten`:
-    the relation's file is new in this transaction). TOAST tables are counted under their own number.
+    Counts are of heap tuples. `dropped`: the file is gone with the commit; where another, empty one took
+    its place it was `truncated`. `rewritten`: another file with content took its place (a rewrite, or a
+    TRUNCATE and new rows), or this is such a file, in which what counts as inserted may be the old rows.
+    A file of a relation that is new as well has none of the three. TOAST tables are counted under their
+    own number.
     """
 
     tablespace: int
@@ -28,6 +31,7 @@ class RelationChanges:
     deleted: int = 0
     truncated: bool = False
     rewritten: bool = False
+    dropped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

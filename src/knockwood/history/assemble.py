@@ -1,0 +1,290 @@
+"""Transactions put together from the parts that the index has of them, segment by segment, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knockwood.history.endings import Ending, File, moment
+from knockwood.history.store import Head, OpenTransaction, Transactions, labels_of
+from knockwood.history.summary import DELETED, IMAGE, INPLACE, INSERTED, KIND_BITS, TAKEN_BACK, UPDATED
+from knockwood.history.transaction import RelationChanges, Transaction
+from knockwood.model.wal import Lsn, TimelineHistory
+
+_HALF = 1 << 31
+_ROUND = 1 << 32
+_FIRST_NORMAL = 16384
+
+_STATISTICS = frozenset({2619, 2840, 3429, 3430, 3381})
+"""pg_statistic and its like, with their TOAST tables: ANALYZE changes them, and no definition."""
+
+_NOTHING = Ending()
+
+
+@dataclass(slots=True)
+class _Sum:
+    """What is known of one transaction so far."""
+
+    first: int
+    bytes: int = 0
+    counts: dict[File, list[int]] = field(default_factory=dict)
+    created: list[File] = field(default_factory=list)
+    gid: str | None = None
+    label: str | None = None
+
+    def count(self, file: File, kind: int, number: int) -> None:
+        self.counts.setdefault(file, [0] * 6)[kind] += number
+
+
+class Assembler:
+    """Takes segments in order; `carried` is what earlier ones hold of transactions that have not ended."""
+
+    def __init__(
+        self,
+        history: TimelineHistory,
+        since: Lsn | None,
+        until: Lsn | None,
+        filenodes: Container[object] | None,
+        xid: int | None,
+    ) -> None:
+        self._history = history
+        self._since = since.value if since is not None else 0
+        self._until = until.value if until is not None else None
+        self._filenodes = filenodes
+        self._xid = xid
+        self._carried: dict[int, list[tuple[int, OpenTransaction]]] = {}
+        self._newest: int | None = None
+
+    # --- which segments ----------------------------------------------------------------------------
+
+    def beyond(self, head: Head) -> bool:
+        """Whether this segment, and so all after it, begins after what is asked for."""
+        return self._until is not None and head.start >= self._until
+
+    def needs(self, head: Head) -> bool:
+        """Whether a segment may hold a commit that is asked for."""
+        if head.commits == 0 or head.xids is None or head.end <= self._since:
+            return False
+        if self._xid is not None and not head.xids[0] <= self._xid <= head.xids[1]:
+            return False
+        if self._filenodes is None:
+            return True
+        return any(map(self._wanted, head.changed)) or self._carries_wanted()
+
+    def _wanted(self, file: File) -> bool:
+        asked = self._filenodes
+        return asked is None or file[2] in asked or (file[1], file[2]) in asked
+
+    def _carries_wanted(self) -> bool:
+        return any(
+            self._wanted(file)
+            for parts in self._carried.values()
+            for _, part in parts
+            for file in (*(change[0] for change in part.changes), *part.created)
+        )
+
+    # --- segments ----------------------------------------------------------------------------------
+
+    def skip(self, head: Head) -> None:
+        """Note what a segment leaves open, without its transactions."""
+        base = head.segment.start.value
+        for part in head.opened:
+            self._carried.setdefault(part.xid, []).append((base, part))
+        self._forget(head)
+
+    def _forget(self, head: Head) -> None:
+        """Xids go round: what was left open half a round ago (by a crash) belongs to nothing to come."""
+        highest = head.highest_xid
+        if highest is None:
+            return
+        if self._newest is None or (highest - self._newest) % _ROUND < _HALF:
+            self._newest = highest
+        for xid in [x for x in self._carried if (self._newest - x) % _ROUND >= _HALF]:
+            del self._carried[xid]
+
+    def read(self, head: Head, found: Transactions) -> Iterator[Transaction]:
+        """The transactions of a segment that are asked for, in order."""
+        segment = _Segment(head, found)
+        for row in range(segment.count):
+            xids = segment.xids(row)
+            carried = [part for xid in xids for part in self._carried.pop(xid, ())]
+            if not segment.commits[row] or not self._chosen(segment, row, xids):
+                continue
+            made = self._made(segment, row, xids, carried)
+            if self._filenodes is None or any(
+                self._wanted((one.tablespace, one.database, one.filenode)) for one in made.relations
+            ):
+                yield made
+        self.skip(head)
+
+    def _chosen(self, segment: _Segment, row: int, xids: Sequence[int]) -> bool:
+        at = segment.base + segment.at[row]
+        if at < self._since or (self._until is not None and at >= self._until):
+            return False
+        return self._xid is None or self._xid in xids
+
+    def _made(
+        self,
+        segment: _Segment,
+        row: int,
+        xids: Sequence[int],
+        carried: Sequence[tuple[int, OpenTransaction]],
+    ) -> Transaction:
+        at = segment.base + segment.at[row]
+        total = _Sum(at)
+        for base, part in carried:
+            total.first = min(total.first, base + part.first)
+            total.bytes += part.bytes
+            total.created += part.created
+            total.gid = part.gid or total.gid
+            total.label = part.label or total.label
+            for file, kind, number in part.changes:
+                total.count(file, kind, number)
+        for xid in xids:
+            segment.add(xid, total)
+        detail = segment.details.get(row, _NOTHING)
+        return Transaction(
+            xid=xids[0],
+            timeline=self._history.timeline_at(Lsn(at)),
+            first_lsn=Lsn(total.first),
+            commit_lsn=Lsn(at),
+            end_lsn=Lsn(segment.base + segment.ends[row]),
+            commit_time=moment(segment.times[row]),
+            subxids=tuple(xids[1:]),
+            wal_bytes=total.bytes,
+            relations=relations_of(total.counts, total.created, detail),
+            catalog_changes=changes_catalogs(total.counts, detail),
+            gid=detail.gid or total.gid,
+            label=total.label,
+        )
+
+
+class _Segment:
+    """The columns of one segment, as Python's numbers where they are asked for one by one."""
+
+    def __init__(self, head: Head, found: Transactions) -> None:
+        columns = found.columns
+        self.base = head.segment.start.value
+        self.relations = head.relations
+        self.details = found.details
+        self.at: list[int] = columns["end_at"].tolist()
+        self.ends: list[int] = columns["end_end"].tolist()
+        self.times: list[int] = columns["end_time"].tolist()
+        self.commits: list[int] = columns["end_commit"].tolist()
+        self.count = len(self.at)
+        self._top: list[int] = columns["end_xid"].tolist()
+        self._subs = columns["sub_xid"].tolist()
+        self._sub_from: list[int] = np.searchsorted(columns["sub_row"], np.arange(self.count + 1)).tolist()
+        self._rows = _Ranges(columns["xact_xid"])
+        self._first: list[int] = columns["xact_first"].tolist()
+        self._bytes: list[int] = columns["xact_bytes"].tolist()
+        self._change_rows = _Ranges(columns["change_xid"])
+        self._what: list[int] = columns["change_what"].tolist()
+        self._number: list[int] = columns["change_count"].tolist()
+        self._labels = labels_of(head.messages)
+        self._prepared = found.prepared
+        self._created: dict[int, list[File]] = {}
+        for xid, file in found.created:
+            self._created.setdefault(xid, []).append(file)
+
+    def xids(self, row: int) -> list[int]:
+        """The xids that end with a row: the top-level one, then its subtransactions."""
+        return [self._top[row], *self._subs[self._sub_from[row] : self._sub_from[row + 1]]]
+
+    def add(self, xid: int, total: _Sum) -> None:
+        """Add what the segment holds of an xid."""
+        for row in self._rows.of(xid):
+            total.first = min(total.first, self.base + self._first[row])
+            total.bytes += self._bytes[row]
+        for row in self._change_rows.of(xid):
+            what = self._what[row]
+            total.count(self.relations[what >> KIND_BITS], what & ((1 << KIND_BITS) - 1), self._number[row])
+        total.created += self._created.get(xid, ())
+        total.gid = self._prepared.get(xid) or total.gid
+        total.label = self._labels.get(xid) or total.label
+
+
+class _Ranges:
+    """The rows of each value in a sorted column."""
+
+    def __init__(self, column: NDArray[np.int64]) -> None:
+        border = np.flatnonzero(np.diff(column, prepend=-1))
+        after = np.append(border[1:], len(column)) if len(border) else border
+        self._rows = dict(
+            zip(column[border].tolist(), zip(border.tolist(), after.tolist(), strict=True), strict=True)
+        )
+
+    def of(self, value: int) -> range:
+        return range(*self._rows.get(value, (0, 0)))
+
+
+def relations_of(
+    counts: dict[File, list[int]], created: Sequence[File], detail: Ending
+) -> tuple[RelationChanges, ...]:
+    """What a transaction did to each file.
+
+    A file that it made belongs to a new relation if a relation of that very number was announced to other
+    sessions: only a new relation's first file has its relation's number. (It may be the relation that ALTER
+    TABLE and VACUUM FULL write to, whose file the old one then gets.) The other new files take the place of
+    as many dropped ones, in the same order; where the numbers do not agree (an index was dropped beside a
+    TRUNCATE) nothing is said but that the old files are gone.
+    """
+    own = set(created)
+    kept = [file for file in created if file not in detail.dropped]
+    fresh = [file for file in kept if (file[1], file[2]) not in detail.relations]
+    # The list of a commit record begins with what was to be dropped last.
+    gone = [file for file in reversed(detail.dropped) if file not in own]
+    successor = dict(zip(gone, fresh, strict=True)) if len(gone) == len(fresh) else {}
+    rewritten = {file for file in (kept if gone else fresh) if _filled(counts.get(file))}
+    files = {file for file, kinds in counts.items() if any(kinds[:3])} | set(gone) | rewritten
+    return tuple(
+        sorted(
+            _relation(
+                file,
+                counts.get(file, [0] * 6),
+                truncated=file in successor and successor[file] not in rewritten,
+                rewritten=file in rewritten or successor.get(file) in rewritten,
+                dropped=file in gone,
+            )
+            for file in files
+            if file not in detail.dropped or file in gone
+        )
+    )
+
+
+def _filled(kinds: list[int] | None) -> bool:
+    return kinds is not None and bool(kinds[INSERTED] or kinds[IMAGE])
+
+
+def _relation(
+    file: File, kinds: list[int], *, truncated: bool, rewritten: bool, dropped: bool
+) -> RelationChanges:
+    return RelationChanges(
+        tablespace=file[0],
+        database=file[1],
+        filenode=file[2],
+        inserted=kinds[INSERTED] - kinds[TAKEN_BACK],
+        updated=kinds[UPDATED],
+        deleted=kinds[DELETED],
+        truncated=truncated,
+        rewritten=rewritten,
+        dropped=dropped,
+    )
+
+
+def changes_catalogs(counts: dict[File, list[int]], detail: Ending) -> bool:
+    """Whether a transaction changed a definition (DDL), as far as its WAL tells.
+
+    Statistics and what VACUUM notes in place are no definitions. Catalogs that were rewritten (VACUUM FULL)
+    cannot be told from tables by their numbers: then every announced change counts.
+    """
+    if not detail.catalogs and not detail.relations:
+        return False
+    system = {file[2]: kinds for file, kinds in counts.items() if file[2] < _FIRST_NORMAL}
+    changed = {number for number, kinds in system.items() if any(kinds[:3])}
+    if changed:
+        return bool(changed - _STATISTICS)
+    return not any(kinds[INPLACE] for kinds in system.values())

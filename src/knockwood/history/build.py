@@ -1,0 +1,141 @@
+"""Make the index of WAL segments: read, decode, store. One segment is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from knockwood.errors import ObjectDamagedError, ObjectMissingError, WrongSystemError
+from knockwood.history import store
+from knockwood.history.pages import Bytes, Tail, read_segment
+from knockwood.history.store import Head
+from knockwood.history.summary import SegmentSummary, summarize
+from knockwood.model.wal import WalSegment
+from knockwood.repository.archive import WalArchive
+from knockwood.repository.repository import Repository
+from knockwood.repository.walk import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """A segment's index just made. `reason` says why it holds nothing, or ends early."""
+
+    piece: Piece
+    summary: SegmentSummary | None
+    head: Head | None
+    reason: str | None = None
+    stored: bool = False
+
+    @property
+    def final(self) -> bool:
+        """Whether it will never be otherwise: then it is worth storing."""
+        summary = self.summary
+        return (
+            summary is not None and summary.broken is None and not summary.zeroes and self.piece.end is None
+        )
+
+
+class Indexer:
+    """Indexes pieces of an archive that follow each other; keeps what one leaves to the next.
+
+    `pieces` are all of the run, in order: those before the ones asked for are read again where a record
+    crosses the border.
+    """
+
+    def __init__(self, repository: Repository, pieces: Sequence[Piece]) -> None:
+        self._repository = repository
+        self._pieces = pieces
+        self._at = -1
+        self._tail: Tail | None = None
+
+    def index(self, position: int, source_bytes: int) -> Indexed:
+        """Index the piece at a position. Raises WrongKeyError and what storage raises; damage is told."""
+        piece = self._pieces[position]
+        before = self._tail if self._at == position - 1 else self._tail_before(position)
+        self._at, self._tail = position, None
+        try:
+            raw = self._read(piece)
+        except (ObjectDamagedError, ObjectMissingError, WrongSystemError) as error:
+            return Indexed(piece, None, None, error.what)
+        found = read_segment(raw, piece.segment, before)
+        summary = summarize(found, piece.segment.start.value)
+        if summary.broken is None:
+            self._tail = found.tail
+        return Indexed(piece, summary, store.make_head(summary, piece, source_bytes), summary.broken)
+
+    def _tail_before(self, position: int) -> Tail | None:
+        """What the pieces before leave to this one; None where that cannot be known."""
+        for begin in range(position - 1, -1, -1):
+            tail, found = self._tail_from(begin, position)
+            if found or tail is not None:
+                return tail
+        return None
+
+    def _tail_from(self, begin: int, position: int) -> tuple[Tail | None, bool]:
+        """Read from the piece at `begin` on: the tail, and whether going back further is of no use."""
+        tail: Tail | None = None
+        seen = False
+        for number in range(begin, position):
+            try:
+                raw = self._read(self._pieces[number])
+            except (ObjectDamagedError, ObjectMissingError, WrongSystemError):
+                return None, True
+            found = read_segment(raw, self._pieces[number].segment, tail)
+            if found.broken is not None or found.zeroes:
+                return None, True
+            seen = seen or bool(found.stretches) or found.tail.begun is not None
+            tail = found.tail
+        # A segment in the middle of a record tells nothing: the record's beginning is further back.
+        return (tail, True) if seen else (None, False)
+
+    def _read(self, piece: Piece) -> Bytes:
+        segment = piece.segment
+        data = bytearray()
+        try:
+            for chunk in self._repository.read(piece.object):
+                data += chunk
+        except ObjectMissingError:
+            if piece.end is None:
+                raise
+            return _replaced(self._repository, segment, piece)
+        wanted = (piece.end or segment.end) - segment.start
+        if len(data) != wanted:
+            raise ObjectDamagedError(f"holds {len(data)} bytes instead of {wanted}", where=piece.object)
+        data += bytes(segment.bytes - len(data))
+        return np.frombuffer(data, np.uint8)
+
+
+def _replaced(repository: Repository, segment: WalSegment, piece: Piece) -> Bytes:
+    """A receiver replaced a partial segment by a longer one, or the whole: the same bytes are there."""
+    archive = WalArchive(repository)
+    source = archive.inventory().source(segment)
+    if source is None or piece.end is None:
+        raise ObjectMissingError("not in the archive", where=piece.object)
+    base = store_name(source, segment)
+    name = repository.find(base)
+    if name is None:
+        raise ObjectMissingError("not in the archive", where=base)
+    data = bytearray(b"".join(repository.read(name)))[: piece.end - segment.start]
+    data += bytes(segment.bytes - len(data))
+    return np.frombuffer(data, np.uint8)
+
+
+def store_name(source: object, segment: WalSegment) -> str:
+    """The object name, without suffix, of what an inventory calls the source of a segment."""
+    from knockwood.repository.inventory import Partial, segment_object
+
+    return source.name if isinstance(source, Partial) else segment_object(segment)
+
+
+def runs_of(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+    """Cut pieces of a route where a number is skipped; a change of timeline does not cut."""
+    begin = 0
+    for position in range(1, len(pieces) + 1):
+        if (
+            position == len(pieces)
+            or pieces[position].segment.number != pieces[position - 1].segment.number + 1
+        ):
+            yield pieces[begin:position]
+            begin = position

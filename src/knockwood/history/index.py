@@ -1,0 +1,298 @@
+"""The archive as a list of transactions: an index per segment, read where it is there, made where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from knockwood.errors import KnockwoodError, ObjectDamagedError, ObjectMissingError
+from knockwood.history import store
+from knockwood.history.assemble import Assembler
+from knockwood.history.build import Indexed, Indexer, runs_of
+from knockwood.history.endings import File
+from knockwood.history.store import Head, Transactions
+from knockwood.history.transaction import Transaction
+from knockwood.model.proof import Commit
+from knockwood.model.wal import Lsn, Timeline, TimelineHistory, WalRange, WalSegment
+from knockwood.postgres.binaries import Programs
+from knockwood.repository.archive import WalArchive
+from knockwood.repository.inventory import Partial, merged, segment_object, split
+from knockwood.repository.repository import Repository
+from knockwood.repository.route import Route
+from knockwood.repository.walk import Piece
+
+Progress = Callable[[int, int], None]
+"""Called with bytes of WAL indexed so far and to index in all."""
+
+RECENT = 1 << 31
+"""Half of all xids: what differs by more is of an earlier round of the counter."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotCovered:
+    """A range of the archive that no transaction can be told of, and why."""
+
+    range: WalRange
+    reason: str
+
+
+@dataclass(slots=True)
+class _Part:
+    """One segment of the route: its head, and where the rest is (in the repository, or at hand)."""
+
+    piece: Piece
+    head: Head | None
+    stored: str | None = None
+    made: Indexed | None = None
+    reason: str | None = None
+
+
+class ArchiveIndex:
+    """Transactions along one timeline's history, in the order of their commits.
+
+    It is a picture of the archive when it was opened. What is not `covered` is in `not_covered`, with its
+    reason: nothing is left out in silence.
+    """
+
+    def __init__(
+        self, repository: Repository, timeline: Timeline, parts: Sequence[_Part], route: Route
+    ) -> None:
+        self.repository = repository
+        self.timeline = timeline
+        self._parts = parts
+        self._route = route
+        self._history: TimelineHistory = route.inventory.history(timeline)
+        self._transactions: dict[WalSegment, Transactions] = {}
+
+    @classmethod
+    def open(
+        cls,
+        repository: Repository,
+        *,
+        programs_for: Callable[[int], Programs] | None = None,
+        progress: Progress | None = None,
+        build: bool = True,
+        timeline: Timeline | None = None,
+        workers: int | None = None,
+    ) -> ArchiveIndex:
+        """Read the index along a timeline (the newest), and with `build` make what is missing of it.
+
+        The WAL is decoded here: `programs_for` is taken for the sake of callers that have it, and not
+        used. Raises WrongKeyError without an identity for an encrypted archive, StorageUnavailableError.
+        """
+        del programs_for
+        archive = WalArchive(repository)
+        listing = archive.listing()
+        inventory = archive.inventory_of(listing)
+        newest = timeline or max((*inventory.timelines, *inventory.histories), default=Timeline(1))
+        route = Route(inventory, newest)
+        parts = [_Part(piece, None) for piece in _pieces(route, listing)]
+        known = store.heads(repository)
+        sizes = {part.piece.object: listing[part.piece.object].bytes for part in parts}
+        for position, part in enumerate(parts):
+            _load(repository, parts, position, known.get(part.piece.segment.name), sizes)
+        _build(repository, parts, sizes, build, progress, workers)
+        return cls(repository, newest, parts, route)
+
+    # --- what there is ------------------------------------------------------------------------------
+
+    @property
+    def covered(self) -> tuple[WalRange, ...]:
+        """The ranges that are indexed, each on the timeline it belongs to."""
+        path = self._history.path()
+        return merged(
+            piece
+            for part in self._parts
+            if part.head is not None and part.head.start < part.head.end
+            for piece in split(path, Lsn(part.head.start), Lsn(part.head.end))
+        )
+
+    @property
+    def not_covered(self) -> tuple[NotCovered, ...]:
+        """What lies between the first and the last WAL of the route and is not covered, with the reason."""
+        if not self._parts:
+            return ()
+        path = self._history.path()
+        found: list[NotCovered] = []
+        position = self._parts[0].piece.segment.start
+        reason = "it begins with a record whose beginning is not in the archive"
+        for part in self._parts:
+            segment = part.piece.segment
+            begin = Lsn(part.head.start) if part.head is not None else segment.end
+            if segment.start > position:
+                name = self._segment_at(position)
+                reason = (
+                    reason if part.reason is None and position.value % segment.bytes else f"{name} is missing"
+                )
+            if begin > position:
+                why = part.reason or reason
+                found += [NotCovered(piece, why) for piece in split(path, position, begin)]
+            if part.head is not None:
+                position = max(position, Lsn(part.head.end))
+                reason = part.reason or "a record that begins here does not end in the archive"
+            else:
+                position = max(position, segment.end)
+        last = self._parts[-1]
+        end = last.piece.end or last.piece.segment.end
+        if last.reason is not None and position < end:
+            found += [NotCovered(piece, last.reason) for piece in split(path, position, end)]
+        return tuple(found)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The heads of the segments that are indexed, in order."""
+        return tuple(part.head for part in self._parts if part.head is not None)
+
+    def _segment_at(self, lsn: Lsn) -> str:
+        timeline = self._history.timeline_at(lsn)
+        return WalSegment.containing(timeline, lsn, self._route.segment_bytes).name
+
+    # --- questions ----------------------------------------------------------------------------------
+
+    def transactions(
+        self,
+        *,
+        since: Lsn | None = None,
+        until: Lsn | None = None,
+        filenodes: Container[object] | None = None,
+        xid: int | None = None,
+    ) -> Iterator[Transaction]:
+        """Committed transactions in the order of their commit records, which start from `since` on and
+        before `until`.
+
+        `filenodes` holds relation file numbers, or pairs of database and number: transactions that
+        changed one of them. `xid` asks for the transaction that had it, also as a subtransaction.
+        """
+        assembler = Assembler(self._history, since, until, filenodes, xid)
+        for part in self._parts:
+            if part.head is None:
+                continue
+            if assembler.beyond(part.head):
+                return
+            if assembler.needs(part.head):
+                yield from assembler.read(part.head, self._transactions_of(part))
+            else:
+                assembler.skip(part.head)
+
+    def transaction(self, xid: int, near: Lsn | None = None) -> Transaction:
+        """The transaction that had an xid, also as a subtransaction; the newest, or the nearest to `near`,
+        where the number was used more than once.
+
+        Raises ObjectMissingError where no commit of it is in what is covered.
+        """
+        found = list(self.transactions(xid=xid & 0xFFFF_FFFF))
+        if not found:
+            raise ObjectMissingError(
+                f"no commit of transaction {xid} is in the archive's index",
+                where=self.repository.storage.url,
+                hint="it was aborted, has not ended, or its WAL is not there: `knockwood log` tells what is",
+            )
+        if near is None:
+            return found[-1]
+        return min(found, key=lambda one: abs(one.commit_lsn.value - near.value))
+
+    def commit_of(self, xid: int, near: Lsn | None = None) -> Commit:
+        """The commit of a transaction. Raises ObjectMissingError."""
+        found = self.transaction(xid, near)
+        return Commit(found.xid, found.commit_lsn, found.commit_time)
+
+    def _transactions_of(self, part: _Part) -> Transactions:
+        made = part.made
+        if made is not None and made.summary is not None:
+            summary = made.summary
+            return Transactions(summary.transactions, summary.details, summary.prepared, summary.created)
+        assert part.stored is not None
+        return store.read_transactions(self.repository, part.stored)
+
+
+def _pieces(route: Route, listing: Mapping[str, object]) -> Iterator[Piece]:
+    """The files of a route in order, as far as they are there."""
+    start = route.archive_start()
+    if start is None:
+        return
+    for segment, partial in route.pieces(start, max(route.archive_end(), start + 1)):
+        name = partial.name if isinstance(partial, Partial) else segment_object(segment)
+        for suffix in (".zst", ".zst.age"):
+            if name + suffix in listing:
+                yield Piece(segment, name + suffix, partial.end if partial else None)
+                break
+
+
+def _load(
+    repository: Repository, parts: Sequence[_Part], position: int, name: str | None, sizes: Mapping[str, int]
+) -> None:
+    """Take the stored head of a segment, unless it is damaged, of other WAL, or lacks its beginning."""
+    part = parts[position]
+    if name is None or part.piece.end is not None:
+        return
+    try:
+        head = store.read_head(repository, name)
+    except (ObjectDamagedError, ObjectMissingError):
+        store.delete(repository, {part.piece.segment.name})
+        return
+    if (head.source, head.source_bytes) != (part.piece.object, sizes[part.piece.object]):
+        store.delete(repository, {part.piece.segment.name})
+        return
+    part.head, part.stored = head, name
+
+
+def _follows(parts: Sequence[_Part], position: int) -> bool:
+    """Whether the segment before is there."""
+    if position == 0:
+        return False
+    return parts[position - 1].piece.segment.number + 1 == parts[position].piece.segment.number
+
+
+def _build(
+    repository: Repository,
+    parts: Sequence[_Part],
+    sizes: Mapping[str, int],
+    build: bool,
+    progress: Progress | None,
+    workers: int | None,
+) -> None:
+    missing = [
+        position
+        for position, part in enumerate(parts)
+        if part.head is None or (not part.head.whole and _follows(parts, position))
+    ]
+    if not build:
+        for position in missing:
+            if parts[position].head is None:
+                parts[position].reason = "it is not indexed"
+        return
+    total = len(missing) * repository.header.segment_bytes
+    offsets: dict[int, tuple[Indexer, int]] = {}
+    begin = 0
+    for run in runs_of([part.piece for part in parts]):
+        indexer = Indexer(repository, run)
+        offsets.update({begin + n: (indexer, n) for n in range(len(run))})
+        begin += len(run)
+    for count, position in enumerate(missing):
+        part = parts[position]
+        indexer, number = offsets[position]
+        made = indexer.index(number, sizes[part.piece.object])
+        _take(repository, part, made)
+        if progress is not None:
+            progress((count + 1) * repository.header.segment_bytes, total)
+
+
+def _take(repository: Repository, part: _Part, made: Indexed) -> None:
+    part.reason = made.reason
+    if made.head is None:
+        return
+    part.head = made.head
+    if made.final and made.summary is not None:
+        try:
+            store.put(repository, made.summary, made.head)
+        except KnockwoodError:
+            # A repository that cannot be written to can still be read.
+            part.made = made
+            return
+        name = store.object_name(made.head.segment, made.head.start) + ".head"
+        part.stored = repository.find(name)
+    if part.stored is None:
+        part.made = made
+
+
+__all__ = ["ArchiveIndex", "File", "NotCovered", "Progress"]

@@ -1,0 +1,305 @@
+"""The pages of a WAL segment, stitched together: their payload without the page headers, and its records.
+
+Pages begin with a header (40 bytes on a segment's first page, 24 elsewhere) that interrupts records. All
+headers are multiples of 8 bytes and records begin at multiples of 8, so that what is stitched keeps its
+alignment. Facts: xlog_internal.h (`XLogPageHeaderData`), xlogreader.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knockwood.model.wal import WalSegment
+from knockwood.postgres.walreader import LONG_HEADER, PAGE_BYTES, SHORT_HEADER
+
+Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+
+_FIRST_PAYLOAD = PAGE_BYTES - LONG_HEADER
+_PAYLOAD = PAGE_BYTES - SHORT_HEADER
+_CONTINUES = 0x0001
+_OVERWRITES = 0x0008
+_HEADER_BYTES = 24
+
+MAGICS = {0xD110: 15, 0xD113: 16, 0xD116: 17, 0xD118: 18}
+"""XLOG_PAGE_MAGIC of each major version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What a segment leaves to the next: the start of the record before (for the prev-link; None if
+    unknown), and the record that is not finished, with its bytes so far (None if there is none).
+    """
+
+    previous: int | None
+    lsn: int | None = None
+    begun: Bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Payload in which record follows record. `starts` are the byte positions of whole records.
+
+    `lsns` and `ends` are their LSNs; an end is where the next record would be, page headers not counted.
+    """
+
+    buffer: Bytes
+    starts: Ints
+    lsns: Ints
+    ends: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRecords:
+    """The records that END in a segment: one that began in an earlier segment and ends here belongs here.
+
+    Valid from `start` (the first record's LSN; that of a record before the segment where its beginning
+    was at hand) up to `end` (where the first record that does not end here begins, or the segment's end).
+    `broken` says why the WAL stops being valid at `end`; `finished` that nothing more was written from
+    there on: zeroes, or the padding after a switch.
+    """
+
+    stretches: tuple[Stretch, ...]
+    start: int
+    end: int
+    tail: Tail
+    major: int | None
+    broken: str | None = None
+    switched: bool = False
+    zeroes: bool = False
+
+
+def read_segment(raw: Bytes, segment: WalSegment, before: Tail | None) -> SegmentRecords:
+    """Find the records of a segment's bytes. `before` is what the segment before it left, if it was read.
+
+    A partial segment comes filled with zeroes. Nothing is raised: damage is told by `broken`. The links of
+    the records (lengths and prev-links) are checked, their checksums are not: the archive's own checksum
+    has shown that these are the bytes that were archived.
+    """
+    reader = _Reader(raw, segment)
+    return reader.read(before)
+
+
+class _Reader:
+    def __init__(self, raw: Bytes, segment: WalSegment) -> None:
+        self.segment = segment
+        self.base = segment.start.value
+        pages = raw.reshape(-1, PAGE_BYTES)
+        heads = pages[:, :SHORT_HEADER]
+        self.magics = heads[:, 0:2].copy().view("<u2")[:, 0]
+        self.infos = heads[:, 2:4].copy().view("<u2")[:, 0]
+        self.remaining = heads[:, 16:20].copy().view("<u4")[:, 0]
+        addresses = heads[:, 8:16].copy().view("<u8")[:, 0]
+        expected = np.arange(len(pages), dtype=np.uint64) * np.uint64(PAGE_BYTES) + np.uint64(self.base)
+        right = (addresses == expected) & (self.magics == self.magics[0])
+        self.pages = len(pages) if right.all() else int(np.argmin(right))
+        payload = np.empty(_size(self.pages), np.uint8)
+        if self.pages:
+            payload[:_FIRST_PAYLOAD] = pages[0, LONG_HEADER:]
+            payload[_FIRST_PAYLOAD:].reshape(-1, _PAYLOAD)[:] = pages[1 : self.pages, SHORT_HEADER:]
+        self.payload = payload
+        self.cut = "" if self.pages == len(pages) else self._why_cut(raw)
+
+    def _why_cut(self, raw: Bytes) -> str:
+        rest = raw[self.pages * PAGE_BYTES :]
+        return "zeroes" if not rest.any() else "a page that does not belong there"
+
+    @property
+    def major(self) -> int | None:
+        return MAGICS.get(int(self.magics[0])) if self.pages else None
+
+    def read(self, before: Tail | None) -> SegmentRecords:
+        if self.major is None:
+            reason = "the version that wrote this WAL is unknown" if self.pages else "no WAL page"
+            return SegmentRecords((), self.base, self.base, Tail(None), None, reason)
+        stretches: list[Stretch] = []
+        start = end = None
+        tail = before
+        broken = None
+        for first, last in self._spans():
+            found, tail, broken, begin, end = self._span(first, last, tail)
+            if start is None:
+                # Nothing lies between a segment's start and its first page's payload.
+                start = self.base if begin == self._lsn(0) else begin
+            if found is not None:
+                stretches.append(found)
+            if broken is not None:
+                break
+        assert start is not None
+        assert end is not None
+        assert tail is not None
+        switched = bool(stretches) and _is_switch(stretches[-1])
+        zeroes = broken == "zeroes"
+        if switched and zeroes:
+            end, broken = self.segment.end.value, None
+        elif zeroes:
+            broken = None
+        return SegmentRecords(
+            tuple(stretches), start, end, tail, self.major, broken, switched, zeroes and not switched
+        )
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """Page ranges; each but the first begins where a server overwrote what it had not finished."""
+        marks = np.flatnonzero(self.infos[: self.pages] & _OVERWRITES)
+        borders = [0, *(int(page) for page in marks if page), self.pages]
+        yield from zip(borders, borders[1:], strict=False)
+
+    def _span(
+        self, first: int, last: int, before: Tail | None
+    ) -> tuple[Stretch | None, Tail, str | None, int, int]:
+        """Records of some pages: stretch, tail, why it ends early, from where and up to where it is valid."""
+        low, high = _size(first), _size(last)
+        payload = self.payload[low:high]
+        continues = bool(self.infos[first] & _CONTINUES)
+        remaining = int(self.remaining[first])
+        previous = before.previous if before is not None else None
+        if self.infos[first] & _OVERWRITES:
+            # The link of the record that follows leads past the one that was given up: not compared.
+            previous, before = None, None
+        begun = before.begun if before is not None else None
+        at = self._lsn(low)
+        skip = 0
+        if begun is not None and before is not None:
+            wanted = int(begun[:4].view("<u4")[0]) - len(begun)
+            if not continues or remaining != wanted:
+                return None, Tail(None), "a record that began before does not go on here", at, at
+            buffer = np.concatenate((begun, payload))
+            at = before.lsn if before.lsn is not None else at
+            shift = low - len(begun)
+        else:
+            if continues:
+                if before is not None:
+                    return None, Tail(None), "it goes on with a record that did not begin before", at, at
+                skip = min(-(-remaining // 8) * 8, len(payload))
+            buffer = payload[skip:]
+            shift = low + skip
+            at = self._lsn(shift)
+            if skip and skip == len(payload):
+                # All of it is the middle of a record whose beginning is not at hand.
+                end = self._end(low + skip)
+                return None, Tail(None), None, end, end
+        return self._records(buffer, shift, at, previous, last == self.pages)
+
+    def _records(
+        self, buffer: Bytes, shift: int, at: int, previous: int | None, is_last: bool
+    ) -> tuple[Stretch | None, Tail, str | None, int, int]:
+        starts, stop, length = _chain(buffer)
+        lsns = self._lsns(starts + shift)
+        lsns[:1] = at
+        tails = np.append(starts[1:], stop) if len(starts) else starts
+        ends = self._ends(tails + shift)
+        broken = None
+        links = np.frombuffer(buffer, np.int64)[(starts >> 3) + 1] if len(starts) else lsns
+        wrong = np.flatnonzero(links[1:] != lsns[:-1])
+        good = len(starts)
+        if len(wrong):
+            good = int(wrong[0]) + 1
+            broken = "a record does not link to the one before it"
+        if good and previous is not None and int(links[0]) != previous:
+            good, broken = 0, "a record does not link to the one before it"
+        if broken is not None:
+            end = int(lsns[good]) if good < len(lsns) else at
+            stretch = _cut(Stretch(buffer, starts, lsns, ends), good)
+            return stretch, Tail(None), broken, at, end
+        stretch = Stretch(buffer, starts, lsns, ends) if len(starts) else None
+        last = int(lsns[-1]) if len(lsns) else previous
+        end = at if not len(starts) and stop == 0 else self._lsn(stop + shift)
+        if stop == len(buffer):
+            ended = self._end(stop + shift)
+            if is_last and self.cut:
+                return stretch, Tail(last), self.cut, at, ended
+            return stretch, Tail(last), None, at, ended
+        if length == 0:
+            why = "zeroes" if not buffer[stop:].any() else "a record has no length"
+            if why == "zeroes" and good and not sound(buffer[starts[-1] : stop]):
+                # What was cut in the middle of it and filled with zeroes has its length and its link.
+                torn = _cut(Stretch(buffer, starts, lsns, ends), good - 1)
+                return torn, Tail(None), why, at, int(lsns[-1])
+            return stretch, Tail(last), why, at, end
+        if length < _HEADER_BYTES:
+            return stretch, Tail(last), "a record is shorter than its header", at, end
+        if is_last and self.cut:
+            # The end of a partial segment lies inside a record.
+            return stretch, Tail(last), self.cut, at, end
+        rest = buffer[stop:]
+        if last is not None and len(rest) >= 16 and int(rest[8:16].view("<i8")[0]) != last:
+            return stretch, Tail(last), "a record does not link to the one before it", at, end
+        return stretch, Tail(last, end, rest.copy()), None, at, end
+
+    # --- positions in the payload and in the WAL ----------------------------------------------------
+
+    def _lsn(self, position: int) -> int:
+        return int(self._lsns(np.array([position], np.int64))[0])
+
+    def _end(self, position: int) -> int:
+        return int(self._ends(np.array([position], np.int64))[0])
+
+    def _lsns(self, positions: Ints) -> Ints:
+        """Where bytes of the payload lie in the WAL."""
+        # As if the first page's header were short, with what it has more as payload.
+        moved = positions + (LONG_HEADER - SHORT_HEADER)
+        page = moved // _PAYLOAD
+        return moved + (page + 1) * SHORT_HEADER + self.base
+
+    def _ends(self, positions: Ints) -> Ints:
+        """The same for ends: at a page's end they lie before the next header."""
+        return self._lsns(positions - 8) + 8
+
+
+def sound(record: Bytes) -> bool:
+    """Whether a record's checksum is right (CRC-32C over its data, then over its header's first 20 bytes)."""
+    data = record.tobytes()
+    length = int.from_bytes(data[:4], "little")
+    value = 0xFFFFFFFF
+    for byte in data[_HEADER_BYTES:length] + data[:20]:
+        value = _CRC_TABLE[(value ^ byte) & 0xFF] ^ (value >> 8)
+    return value ^ 0xFFFFFFFF == int.from_bytes(data[20:24], "little")
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_CRC_TABLE = _crc_table()
+
+
+def _size(pages: int) -> int:
+    return 0 if pages == 0 else _FIRST_PAYLOAD + (pages - 1) * _PAYLOAD
+
+
+def _chain(buffer: Bytes) -> tuple[Ints, int, int]:
+    """The starts of whole records, where the first that is not whole begins, and the length it says."""
+    words = memoryview(np.ascontiguousarray(buffer).view("<u4"))
+    count = len(words)
+    found: list[int] = []
+    append = found.append
+    at = length = 0
+    # One step per record: nothing else in decoding is done in Python for every record.
+    while at < count:
+        length = words[at]
+        after = at + (((length + 7) >> 3) << 1)
+        if after > count or length < _HEADER_BYTES:
+            break
+        append(at)
+        at = after
+    return np.array(found, np.int64) << 2, at << 2, length
+
+
+def _is_switch(stretch: Stretch) -> bool:
+    if not len(stretch.starts):
+        return False
+    last = int(stretch.starts[-1])
+    return bool(stretch.buffer[last + 16] & 0xF0 == 0x40 and stretch.buffer[last + 17] == 0)
+
+
+def _cut(stretch: Stretch, count: int) -> Stretch:
+    return Stretch(stretch.buffer, stretch.starts[:count], stretch.lsns[:count], stretch.ends[:count])
