@@ -1,0 +1,298 @@
+"""From findings to a plan, and from an approved plan to a recovery that is verified and recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from knockwood.errors import KnockwoodError, ObjectExistsError, RefusedError
+from knockwood.integrity.check import Budget, NotChecked, Subject
+from knockwood.integrity.run import CheckProgress, Report
+from knockwood.model import Claim, Finding, Verdict
+from knockwood.model.recovery import Alternative, Plan, Recovery
+from knockwood.operations.check import check
+from knockwood.operations.cluster import Cluster
+from knockwood.operations.recover_facts import Wish, situation, subject_of
+from knockwood.recover import execute as execution
+from knockwood.recover import statements
+from knockwood.recover.execute import Handler, StepProgress, Unfinished
+from knockwood.recover.journal import Journal, folders
+from knockwood.recover.plan.decide import decide
+from knockwood.recover.plan.offer import Offer
+from knockwood.repository.repository import Repository
+
+FOLDER: Final = "recoveries/"
+IN_PLACE: Final = "restore-in-place"
+_PAGE_STEPS: Final = frozenset({"repair-pages", "rebuild-maps", "replace-rows", "reindex"})
+_FORMAT: Final = 1
+
+OnCheck = Callable[[CheckProgress], None]
+OnStep = Callable[[StepProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A plan, and what it was made from. `unfinished` are executions that have to be ended first."""
+
+    plan: Plan
+    findings: tuple[Finding, ...]
+    not_checked: tuple[NotChecked, ...]
+    unfinished: tuple[Unfinished, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the cluster now, before anything was done."""
+        if self.findings or self.unfinished:
+            return Verdict.BROKEN
+        return Verdict.NOT_CHECKED if self.not_checked else Verdict.HELD
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """A recovery, and under which name the repository keeps it (None: it has not come to its end).
+
+    `notes` say what to do next.
+    """
+
+    plan: Plan
+    recovery: Recovery
+    folder: Path
+    record: str | None
+    notes: tuple[str, ...] = field(default=())
+
+
+def propose(
+    cluster: Cluster,
+    *,
+    names: Iterable[str] = (),
+    findings: Iterable[Finding] | None = None,
+    heavy: bool = False,
+    here: bool = False,
+    wish: Wish | None = None,
+    progress: OnCheck | None = None,
+) -> Proposal:
+    """Look for damage (or take what was found before) and make the plan that heals it; nothing is changed.
+
+    A server that does not answer is no error: what it cannot be asked is not checked.
+    """
+    asked = wish or Wish()
+    repository, problem = _repository(cluster)
+    subject, down = subject_of(cluster, repository)
+    report: Report | None = None
+    gaps: tuple[NotChecked, ...] = ()
+    if problem:
+        gaps += (NotChecked("repository", problem),)
+    if subject is None:
+        gaps += (NotChecked("server", down),)
+    elif findings is None and not (asked.in_place and not list(names)):
+        report = check(cluster, names, heavy=heavy, here=here, progress=progress)
+        report = _with_lost_writes(cluster, report, progress)
+        gaps += report.not_checked
+    found = tuple(findings) if findings is not None else report.findings if report else ()
+    known = situation(cluster, repository, subject, found, report, asked)
+    offers: list[Offer] = []
+    others: tuple[Alternative, ...] = ()
+    if subject is not None and not asked.in_place:
+        from knockwood.operations import recover_offers
+
+        offers, others = recover_offers.page_offers(cluster, repository, found, known)
+    plan = decide(found, known, offers)
+    if others:
+        plan = replace(plan, alternatives=(*plan.alternatives, *others))
+    return Proposal(plan, found, gaps, tuple(execution.unfinished(cluster.state, cluster.name)))
+
+
+def execute(
+    cluster: Cluster,
+    plan: Plan,
+    *,
+    approve: str,
+    here: bool = False,
+    on_step: OnStep | None = None,
+    on_check: OnCheck | None = None,
+) -> Executed:
+    """Execute an approved plan; verify with the checks that found the damage, and keep the outcome.
+
+    Raises RefusedError when the plan is another than the approved one or has no steps.
+    """
+    with _Run(cluster, plan, here, on_check) as run:
+        recovery = execution.execute(
+            plan,
+            run.handlers,
+            cluster.state,
+            approve=approve,
+            verify=run.verify,
+            keep=run.keep,
+            progress=on_step,
+        )
+        return run.executed(recovery)
+
+
+def resume(
+    cluster: Cluster,
+    *,
+    back: bool = False,
+    here: bool = False,
+    on_step: OnStep | None = None,
+    on_check: OnCheck | None = None,
+) -> Executed:
+    """Go on with the execution that was killed or has failed, or with `back` take back what it did.
+
+    Raises RefusedError when there is none.
+    """
+    entries = execution.unfinished(cluster.state, cluster.name)
+    if not entries:
+        raise RefusedError("no recovery of this cluster is unfinished", where=cluster.name)
+    folder = entries[0].folder
+    with _Run(cluster, entries[0].plan, here, on_check) as run:
+        if back:
+            recovery = execution.roll_back(folder, run.handlers, keep=run.keep, progress=on_step)
+        else:
+            recovery = execution.resume(
+                folder, run.handlers, verify=run.verify, keep=run.keep, progress=on_step
+            )
+        return run.executed(recovery)
+
+
+class _Run:
+    """What the handlers, the verification and the record of one execution share."""
+
+    def __init__(self, cluster: Cluster, plan: Plan, here: bool, progress: OnCheck | None) -> None:
+        self.cluster = cluster
+        self.plan = plan
+        self.record: str | None = None
+        self._here = here
+        self._progress = progress
+        self._opened: Any = None
+        self._closing: list[Callable[[], None]] = []
+        self._subject: Subject | None = None
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for close in reversed(self._closing):
+            close()
+
+    @property
+    def repository(self) -> Repository:
+        if self._opened is None:
+            self._opened = self.cluster.repository()
+        repository: Repository = self._opened
+        return repository
+
+    def subject(self) -> Subject:
+        """The running server, asked once: its facts do not change while it is mended."""
+        if self._subject is None:
+            self._subject = self.cluster.subject(Budget(), repository=_repository(self.cluster)[0])
+        return self._subject
+
+    @property
+    def handlers(self) -> tuple[Handler, ...]:
+        """Those of the kinds of step that the plan has; what needs clones is made only then."""
+        kinds = {step.kind for step in self.plan.steps}
+        found: list[Handler] = list(statements.handlers(self.subject))
+        if kinds & _PAGE_STEPS:
+            from knockwood.operations.page_repair import PageRepairs
+
+            pages = PageRepairs(self.cluster, self.repository)
+            self._closing.append(pages.close)
+            found += pages.handlers
+        return tuple(found)
+
+    def verify(self) -> tuple[Claim, ...]:
+        """The checks that found the damage, and the invariants, asked again."""
+        claims = list(_checked_again(self.cluster, self.plan, self._here, self._progress))
+        if any(step.kind in _PAGE_STEPS for step in self.plan.steps):
+            from knockwood.operations.page_repair import verify_pages
+
+            claims += _attempt("pages again", lambda: verify_pages(self.cluster, self.repository, self.plan))
+        return tuple(claims)
+
+    def keep(self, name: str, recovery: Recovery) -> None:
+        """Store the outcome in the repository, beside the proofs; a second time with the same name is fine."""
+        content: Mapping[str, Any] = {
+            "format": _FORMAT,
+            "id": name,
+            "plan": self.plan.as_json(),
+            "recovery": recovery.as_json(),
+        }
+        try:
+            self.repository.put_json(f"{FOLDER}{name}.json", content)
+        except ObjectExistsError:
+            pass  # a run that was killed had stored it
+        self.record = name
+
+    def executed(self, recovery: Recovery) -> Executed:
+        return Executed(
+            self.plan, recovery, self._folder(), self.record, tuple(_notes(self.plan, recovery, self.record))
+        )
+
+    def _folder(self) -> Path:
+        mine = [each for each in folders(self.cluster.state) if Journal.open(each).plan.id == self.plan.id]
+        return mine[-1]
+
+
+def _checked_again(cluster: Cluster, plan: Plan, here: bool, progress: OnCheck | None) -> Iterator[Claim]:
+    names = {finding.check for finding in plan.heals}
+    if cluster.invariants():
+        names.add("invariants")
+    if any(step.kind == IN_PLACE for step in plan.steps):
+        names = names or {"page_checksums", "segment_files", "transaction_status"}
+    if not names:
+        return
+    try:
+        report = check(cluster, sorted(names), here=here, progress=progress)
+    except KnockwoodError as error:
+        yield Claim("checks that found the damage", Verdict.NOT_CHECKED, str(error))
+        return
+    for result in report.results:
+        told = [f"{finding.summary} ({finding.location})" for finding in result.findings]
+        told += [gap.reason for gap in result.not_checked]
+        more = f"; and {len(told) - 5} more" if len(told) > 5 else ""
+        yield Claim(f"check {result.name}", result.verdict, "; ".join(told[:5]) + more)
+
+
+def _attempt(name: str, ask: Callable[[], tuple[Claim, ...]]) -> tuple[Claim, ...]:
+    """The claims, or that they could not be made: never an error, never green."""
+    try:
+        return ask()
+    except KnockwoodError as error:
+        return (Claim(name, Verdict.NOT_CHECKED, str(error)),)
+
+
+def _notes(plan: Plan, recovery: Recovery, record: str | None) -> Iterator[str]:
+    if record is None:
+        yield "it has not come to its end: knockwood recover --resume, or --roll-back"
+        return
+    kinds = {result.kind for result in recovery.results}
+    if kinds & {"repair-pages", IN_PLACE}:
+        yield "take a new full backup now: knockwood backup (a repaired page is in no WAL)"
+    elif recovery.complete:
+        yield "a new full backup shortens the next recovery: knockwood backup"
+    for result in recovery.results:
+        standbys = result.values.get("standbys_not_checked")
+        if standbys:
+            yield f"standbys were not checked: {', '.join(map(str, standbys))}"
+
+
+def _with_lost_writes(cluster: Cluster, report: Report, progress: OnCheck | None) -> Report:
+    """Whether a table lost a write has to be known before an index is built from it."""
+    unknown = not any(result.name == "lost_writes" for result in report.results)
+    doubt = any(finding.location.index is not None for finding in report.findings)
+    if not (unknown and doubt) or cluster.settings.data_directory is None:
+        return report
+    more = check(cluster, ["lost_writes"], progress=progress)
+    return Report((*report.results, *more.results))
+
+
+def _repository(cluster: Cluster) -> tuple[Repository | None, str]:
+    try:
+        return cluster.repository(), ""
+    except KnockwoodError as error:
+        return None, str(error)
+
+
+__all__ = ["Executed", "Proposal", "Wish", "execute", "propose", "resume"]

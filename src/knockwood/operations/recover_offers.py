@@ -1,0 +1,116 @@
+"""What the repairers that look at the damage itself offer: pages, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from knockwood.errors import KnockwoodError
+from knockwood.integrity.relation_files import parse_path
+from knockwood.model import Finding
+from knockwood.model.recovery import Alternative, Plan, Step
+from knockwood.operations.cluster import Cluster
+from knockwood.operations.page_repair import MAPS, REPAIR, ROWS, pages_of, plan_pages
+from knockwood.recover.plan.damage import Kind, classify
+from knockwood.recover.plan.offer import Offer, Rank, Turn, key
+from knockwood.recover.plan.situation import Situation
+from knockwood.repository.repository import Repository
+
+_SOUND = (
+    "looked at again, its page on disk, in the server's buffers and in the WAL agree: there is nothing to mend"
+    " page by page"
+)
+_NO_PAGE = "it names no page: run page_checksums, lost_writes and amcheck_heap, whose findings do"
+
+
+def page_offers(
+    cluster: Cluster, repository: Repository | None, findings: Sequence[Finding], known: Situation
+) -> tuple[list[Offer], tuple[Alternative, ...]]:
+    """Repairs of pages and maps, and what could be done instead."""
+    wanted = [f for f in findings if classify(f, known).kind in (Kind.PAGE, Kind.FILE, Kind.MAP)]
+    if not wanted or known.server_up is not True or known.in_recovery is not False:
+        return [], ()
+    # The page that a toast finding names is that of the row, which is sound.
+    named = [f for f in wanted if f.check != "toast" and (pages_of(f) or _of_map(f))]
+    nameless = [f for f in wanted if f not in named]
+    offers = [_refused(nameless, _NO_PAGE)] if nameless else []
+    if repository is None:
+        return [*offers, _refused(named, "there is no repository to take good pages from")], ()
+    if not named:
+        return offers, ()
+    try:
+        plan = plan_pages(cluster, repository, named)
+    except KnockwoodError as error:
+        return [*offers, _refused(named, str(error))], ()
+    return [*offers, *_of_plan(plan, named)], plan.alternatives
+
+
+def _of_map(finding: Finding) -> bool:
+    return finding.check == "visibility_map" and finding.location.file is not None
+
+
+def _of_plan(plan: Plan, findings: Iterable[Finding]) -> list[Offer]:
+    """One offer for all that the steps cover; the others are refused with the reasons given."""
+    healed = {key(finding) for finding in plan.heals}
+    covered = [finding for finding in findings if any(_covers(plan.steps, finding))]
+    offers = []
+    if covered:
+        offers.append(
+            Offer(
+                Rank.PAGE_REPAIR,
+                Turn.PAGES,
+                plan.purpose,
+                frozenset(key(finding) for finding in covered),
+                plan.steps,
+                plan.expected_loss,
+            )
+        )
+    for finding in findings:
+        if finding not in covered:
+            told = "; ".join(line for line in plan.refused if _about(line, finding))
+            offers.append(
+                _refused(
+                    [finding],
+                    _SOUND if key(finding) in healed else told or "; ".join(plan.refused) or _SOUND,
+                )
+            )
+    return offers
+
+
+def _about(line: str, finding: Finding) -> bool:
+    place = finding.location
+    return any(name and name in line for name in (place.relation, place.file, place.index))
+
+
+def _covers(steps: Iterable[Step], finding: Finding) -> list[bool]:
+    """Whether steps write every page, or make the map anew, that the finding names."""
+    place = finding.location
+    parsed = parse_path(place.file or "")
+    if parsed is None:
+        return []
+    path = parsed.relation_path
+    if _of_map(finding) or parsed.fork in ("vm", "fsm"):
+        return [
+            s.kind == MAPS and s.arguments["path"] == path and s.arguments["fork"] == _fork(finding)
+            for s in steps
+        ]
+    blocks: set[int] = set()
+    for step in steps:
+        if step.arguments.get("path") == path and step.kind in (REPAIR, ROWS):
+            blocks.update(step.arguments.get("blocks") or [step.arguments["block"]])
+    pages = pages_of(finding)
+    return [bool(pages) and all(page.block in blocks for page in pages)]
+
+
+def _fork(finding: Finding) -> str:
+    parsed = parse_path(finding.location.file or "")
+    return parsed.fork if parsed and parsed.fork != "main" else "vm"
+
+
+def _refused(findings: Sequence[Finding], reason: str) -> Offer:
+    return Offer(
+        Rank.PAGE_REPAIR,
+        Turn.PAGES,
+        "mend damaged pages",
+        frozenset(key(finding) for finding in findings),
+        refused=reason,
+    )
