@@ -24,12 +24,12 @@ _CHILDREN = re.compile(rb"; subxacts:((?: \d+)+)")
 
 def committed(made: Protected, since: Lsn) -> dict[int, Transaction]:
     """Every transaction that committed after `since`, by xid. All WAL so far is archived first."""
-    made.flush()
     with connect(made.server.dsn()) as connection:
         timeline = server_facts(connection).timeline
         row = connection.execute("select pg_current_wal_flush_lsn()::text").fetchone()
         assert row is not None
         end = Lsn.parse(row[0])
+    made.flush()
     first: dict[int, Lsn] = {}
     found: dict[int, Transaction] = {}
     archive = StagedArchive(made.repository, Timeline(timeline), since)

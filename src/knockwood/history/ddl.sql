@@ -28,14 +28,15 @@ select label, definition from (
                'default ' || pg_catalog.pg_get_expr(d.adbin, d.adrelid),
                'identity ' || nullif(a.attidentity::text, ''),
                'generated ' || nullif(a.attgenerated::text, ''),
-               'collation ' || nullif(a.attcollation, 100)::text,
+               'collation ' || case when a.attcollation not in (0, y.typcollation) then a.attcollation::text end,
                'privileges ' || a.attacl::text,
                'options ' || a.attoptions::text,
-               'storage ' || a.attstorage::text),
+               'storage ' || nullif(a.attstorage, y.typstorage)::text),
            c.relnamespace
     from pg_catalog.pg_attribute a
     join pg_catalog.pg_class c on c.oid = a.attrelid
     join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+    join pg_catalog.pg_type y on y.oid = a.atttypid
     left join pg_catalog.pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
     where a.attnum > 0 and not a.attisdropped and c.relkind in ('r', 'p', 'f', 'c')
     union all
