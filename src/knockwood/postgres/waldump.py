@@ -21,7 +21,7 @@ from knockwood.postgres.binaries import Programs
 from knockwood.postgres.walreader import Reader, files_end, parse_lsn, records
 
 _COMMIT = re.compile(
-    rb"^rmgr: Transaction +len \(rec/tot\): +\d+/ +\d+, tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+),"
+    rb"^rmgr: Transaction +len \(rec/tot\): +\d+/ *\d+, tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+),"
     rb" prev [0-9A-F/]+, desc: COMMIT(?:_PREPARED (\d+):)? (\d{4,}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) UTC",
     re.MULTILINE,
 )

@@ -23,7 +23,7 @@ _BLOCK = 1 << 20
 _ENVIRONMENT = {"TZ": "UTC", "LC_ALL": "C", "LANGUAGE": "C"}
 
 RECORD = re.compile(
-    rb"^rmgr: (\w+) +len \(rec/tot\): +\d+/ +(\d+), tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
+    rb"^rmgr: (\w+) +len \(rec/tot\): +\d+/ *(\d+), tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
     rb" desc: ([^\n]*)",
     re.MULTILINE,
 )
