@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from knockwood.errors import SettingsError
 from knockwood.host.state import state_folder
 from knockwood.integrity.check import Budget, Invariant, Role, Subject
 from knockwood.postgres.binaries import Programs, find_programs
-from knockwood.postgres.connection import ServerFacts, connect, server_facts
+from knockwood.postgres.connection import ServerFacts, connect, server_facts, with_words
 from knockwood.repository.repository import Repository
 from knockwood.repository.storage import open_storage
 from knockwood.settings import ClusterSettings, Settings
@@ -26,6 +26,13 @@ class Cluster:
     @classmethod
     def of(cls, settings: Settings, name: str) -> Cluster:
         return cls(name, settings.cluster[name], state_folder(settings.state))
+
+    def as_role(self, role: str | None) -> Cluster:
+        """The same cluster, connected to as another role: repairs need a superuser, and nothing else does."""
+        if role is None:
+            return self
+        dsn = with_words(self.settings.dsn, user=role)
+        return replace(self, settings=self.settings.model_copy(update={"dsn": dsn}))
 
     @property
     def dsn(self) -> str:

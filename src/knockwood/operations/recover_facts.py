@@ -59,6 +59,7 @@ def situation(
         reach=_reach(subject, cluster),
         server_up=subject is not None,
         in_recovery=subject.facts.in_recovery if subject else None,
+        superuser=subject.facts.is_superuser if subject else None,
         checksums=subject.facts.checksums if subject else None,
         standbys=_standbys(subject),
         latest_proof=_proof(repository),

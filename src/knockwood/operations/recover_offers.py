@@ -33,6 +33,8 @@ def page_offers(
     named = [f for f in wanted if f.check != "toast" and (pages_of(f) or _of_map(f))]
     nameless = [f for f in wanted if f not in named]
     offers = [_refused(nameless, _NO_PAGE)] if nameless else []
+    if known.superuser is not True:
+        return [*offers, _refused(named, "page repair needs a superuser: say one with --role")], ()
     if repository is None:
         return [*offers, _refused(named, "there is no repository to take good pages from")], ()
     if not named:

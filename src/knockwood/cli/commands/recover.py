@@ -52,6 +52,9 @@ def recover(
     roll_back: Annotated[
         bool, Parameter(negative="", help="Take back what was killed or has failed.")
     ] = False,
+    role: Annotated[
+        str | None, Parameter(help="Connect as this superuser; otherwise as the dsn says.")
+    ] = None,
     common: Common = DEFAULT,
 ) -> Answer:
     """Plan the smallest safe repair of what the checks find, show it, and with --apply carry it out.
@@ -61,7 +64,7 @@ def recover(
     _require_one(apply or approve is not None, resume, roll_back)
     if to != "latest" and not in_place:
         raise UsageError("--to belongs to --in-place", hint="knockwood recover --in-place --to TARGET")
-    cluster = common.open_cluster()
+    cluster = common.open_cluster().as_role(role)
     if resume or roll_back:
         with _progress(common.json) as told:
             done = operation.resume(cluster, back=roll_back, here=here, on_step=told)

@@ -24,6 +24,10 @@ _FACTS: dict[str, tuple[Callable[[Situation], bool | None], str]] = {
         lambda s: None if s.in_recovery is None else not s.in_recovery,
         "the server is a standby: mend the primary, or build the standby anew from the repository",
     ),
+    "a superuser": (
+        lambda s: s.superuser,
+        "the role that Knockwood connects as is no superuser: say one with --role",
+    ),
     "local reach": (
         lambda s: None if s.reach is None else s.reach == "local",
         "the server's files are not within reach",

@@ -71,6 +71,7 @@ class Situation:
     reach: Reach | None = None
     server_up: bool | None = None
     in_recovery: bool | None = None
+    superuser: bool | None = None
     checksums: bool | None = None
     standbys: tuple[str, ...] | None = None
     shadow: bool | None = None

@@ -21,7 +21,13 @@ from knockwood.recover.plan.parse import parse_findings, parse_plan
 from knockwood.recover.plan.situation import Rates, RelationFact, Situation, WholeRestore
 
 READY = Situation(
-    "shop", 18, "local", server_up=True, in_recovery=False, checked={"lost_writes": Verdict.HELD}
+    "shop",
+    18,
+    "local",
+    server_up=True,
+    in_recovery=False,
+    superuser=True,
+    checked={"lost_writes": Verdict.HELD},
 )
 
 
@@ -280,6 +286,7 @@ def any_situation(draw: st.DrawFn) -> Situation:
         draw(st.sampled_from(["local", "remote", "managed", None])),
         server_up=draw(unknown),
         in_recovery=draw(unknown),
+        superuser=draw(unknown),
         checked=draw(st.sampled_from([{}, {"lost_writes": Verdict.HELD}])),
         xids=draw(st.sampled_from([(), (7,)])),
         whole=draw(whole),
@@ -325,6 +332,7 @@ def test_no_step_rests_on_what_is_not_known(case: tuple[list[Finding], Situation
         names = {each.name for each in step.preconditions}
         assert "the server is up" not in names or situation.server_up
         assert "the server is the primary" not in names or situation.in_recovery is False
+        assert "a superuser" not in names or situation.superuser
         assert "local reach" not in names or situation.reach == "local"
         if step.kind == "restore-in-place":
             assert situation.whole is not None

@@ -29,6 +29,7 @@ def _offer(damage: Damage, situation: Situation) -> Offer:
         preconditions=(
             Precondition("the server is up"),
             Precondition("the server is the primary"),
+            Precondition("a superuser"),
             Precondition("no row breaks it", "PostgreSQL reads them all, and changes nothing if one does"),
         ),
         locks="nothing but DDL on the table",

@@ -74,6 +74,7 @@ def _reindex(database: str, index: str, table: str | None, system: bool, situati
         preconditions=(
             Precondition("the server is up"),
             Precondition("the server is the primary"),
+            Precondition("a superuser"),
             Precondition(
                 "the table is sound", f"{table or 'its table'} has no damage that is not mended before"
             ),
@@ -93,6 +94,7 @@ def _drop(database: str, index: str) -> Step:
         preconditions=(
             Precondition("the server is up"),
             Precondition("the server is the primary"),
+            Precondition("a superuser"),
             Precondition("the index is invalid", "nothing uses it, and no constraint rests on it"),
         ),
         locks="nothing (DROP INDEX CONCURRENTLY)",

@@ -47,6 +47,7 @@ def _step(title: str, database: str, sequence: str, columns: list[tuple[str, str
         preconditions=(
             Precondition("the server is up"),
             Precondition("the server is the primary"),
+            Precondition("a superuser"),
             Precondition("the sequence is still behind", "looked at again while nobody can draw a number"),
         ),
         locks=f"nextval() of {sequence}, while the largest value is read",
