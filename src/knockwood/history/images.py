@@ -137,9 +137,10 @@ def row_changes(
 ) -> RowChanges:
     """The net row changes of one transaction, or of several that all commits of a range are (taken as one).
 
-    `table` (schema or None, name) leaves out all other tables. `spawner` makes the clones (by default whole
-    throw-away ones); `position` is a clone to go on with, where it stands before all this, and to keep. Raises RefusedError above `limit` rows or where no backup is from before, and what
-    `resolve`, `spawn` and `touched` raise. A clone that is not what the WAL says is an InternalError.
+    `table` (schema or None, name) leaves out all other tables. `spawner` makes the clones (by default whole,
+    throw-away ones); `position` is one to go on with, where it stands before all this, and is not closed.
+    Raises RefusedError above `limit` rows or where no backup is from before, and what `resolve`, `spawn`
+    and `touched` raise. A clone that is not what the WAL says is an InternalError.
     """
     ordered = sorted(transactions, key=lambda transaction: transaction.commit_lsn)
     first, last = ordered[0], ordered[-1]
