@@ -22,7 +22,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Seconds from the fault: to its detection, its diagnosis, the end of the restore, the end of its proof."""
+    """Seconds from the fault: to its detection, its diagnosis, the end of repair or restore, the end of its proof."""
 
     detect: float | None = None
     diagnose: float | None = None
@@ -47,6 +47,7 @@ class Scorecard:
 
     `good_transactions_lost` counts acknowledged transactions that neither the restored nor the running
     database holds; `later_work_kept` those after the restore point that the running one still has.
+    `writers_blocked`: seconds that a repair in place kept writers of the damaged relations waiting.
     """
 
     scenario: str
@@ -61,6 +62,7 @@ class Scorecard:
     longest_stall: float
     findings: tuple[str, ...]
     gates: tuple[Gate, ...] = field(default=())
+    writers_blocked: float | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -78,6 +80,9 @@ class Scorecard:
             "later_work_kept": self.later_work_kept,
             "failed_requests": self.failed_requests,
             "longest_stall_seconds": round(self.longest_stall, 3),
+            "writers_blocked_seconds": (
+                None if self.writers_blocked is None else round(self.writers_blocked, 3)
+            ),
             "findings": list(self.findings),
             "gates": [gate.as_json() for gate in self.gates],
         }

@@ -45,7 +45,7 @@ def run_drills(
     *names: str,
     seed: Annotated[int, Parameter(help="Chooses the pages hit and the clients' behaviour.")] = 1,
     orders: Annotated[int, Parameter(help="Orders in the shop before the drill.")] = 60_000,
-    clients: Annotated[int, Parameter(help="Clients writing throughout.")] = 8,
+    clients: Annotated[int, Parameter(help="Clients writing throughout.")] = 16,
     common: Common = DEFAULT,
 ) -> Answer:
     """Play the scenarios named, one after the other, and print their scorecards."""
@@ -90,6 +90,8 @@ def _show_card(console: Console, card: Scorecard) -> None:
     table.add_row(
         "failed requests", f"{card.failed_requests:,} (longest stall {seconds(card.longest_stall)})"
     )
+    if card.writers_blocked is not None:
+        table.add_row("writers blocked", f"{seconds(card.writers_blocked)} by the repair")
     for item in card.gates:
         mark = "[green]passed[/]" if item.passed else "[bold red]FAILED[/]"
         table.add_row(f"gate: {item.name}", f"{mark} [dim]{escape(item.detail)}[/]")

@@ -31,7 +31,7 @@ class Scale:
     """How large a drill is: seed orders, clients, and seconds of load before and after the fault."""
 
     orders: int = 60_000
-    clients: int = 8
+    clients: int = 16
     warm_up: float = 4.0
     aftermath: float = 3.0
 
@@ -68,10 +68,12 @@ def protect_under_load(box: Sandbox, story: Story, scale: Scale) -> Report:
     return report
 
 
-def watch(box: Sandbox, story: Story, since: float, limit: float = 60) -> tuple[Report, float]:
+def watch(
+    box: Sandbox, story: Story, since: float, limit: float = 60, names: tuple[str, ...] = DETECTORS
+) -> tuple[Report, float]:
     """Check again and again until something is found; the report and the seconds it took."""
     while True:
-        report = run_checks(box.cluster.subject(Budget(), repository=box.repository), DETECTORS)
+        report = run_checks(box.cluster.subject(Budget(), repository=box.repository), names)
         took = clock.monotonic() - since
         if report.findings or took > limit:
             break

@@ -1,0 +1,124 @@
+"""Steps of the scenarios that mend a running cluster: plan, carry out, prove, and ask the witness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from knockwood.drill.sandbox import Sandbox
+from knockwood.drill.scenarios.base import gate, missing
+from knockwood.drill.scorecard import Gate
+from knockwood.drill.story import Kind, Story
+from knockwood.drill.witness import altered
+from knockwood.drill.workload import totals_present
+from knockwood.model import Finding, Proof, Recovery, Verdict
+from knockwood.operations import recover
+from knockwood.operations.proving import prove_cluster
+from knockwood.operations.recover import Proposal
+from knockwood.repository.targets import Latest
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What was planned and what came of it; no recovery where there was nothing safe to do."""
+
+    proposal: Proposal
+    recovery: Recovery | None
+
+    @property
+    def blocked(self) -> float:
+        """Seconds that writers were kept waiting, all steps together."""
+        return sum(result.blocked_seconds for result in self.recovery.results) if self.recovery else 0.0
+
+
+def repair(box: Sandbox, story: Story, findings: Iterable[Finding]) -> Repaired:
+    """Have `knockwood recover` plan and carry out the repair of what was found, the shop running throughout."""
+    proposal = recover.propose(box.cluster, findings=findings)
+    plan = proposal.plan
+    for reason in plan.refused:
+        story.say(Kind.FAILED, f"refused: {reason}")
+    if not plan.steps:
+        return Repaired(proposal, None)
+    loss = "nothing" if plan.expected_loss.nothing else plan.expected_loss.detail
+    story.say(Kind.FOUND, f"plan {plan.id}: {len(plan.steps)} steps, to be lost: {loss}")
+    for step in plan.steps[:6]:
+        story.say(Kind.FOUND, f"{step.title} (locks {step.locks})")
+    done = Repaired(proposal, recover.execute(box.cluster, plan, approve=plan.id).recovery)
+    tell_results(story, done)
+    return done
+
+
+def tell_results(story: Story, done: Repaired) -> None:
+    """What each step did, and how long writers waited."""
+    if done.recovery is None:
+        return
+    for result in done.recovery.results:
+        story.say(
+            Kind.DONE if done.recovery.complete else Kind.FAILED,
+            f"{result.title}: {str(result.outcome).replace('_', ' ')} in {result.seconds:.2f} s,"
+            f" writers waited {result.blocked_seconds:.2f} s",
+        )
+    story.say(
+        Kind.PROVED if done.recovery.verdict is Verdict.HELD else Kind.FAILED,
+        f"the checks that found the damage, asked again: {done.recovery.verdict}",
+    )
+
+
+def prove_live(box: Sandbox, story: Story) -> Proof:
+    """Restore a backup beside, and compare every table with production at one LSN, writers going on."""
+    proof = prove_cluster(box.cluster, backup=None, target=Latest())
+    held = sum(claim.verdict is Verdict.HELD for claim in proof.claims)
+    story.say(
+        Kind.PROVED if proof.verdict is Verdict.HELD else Kind.FAILED,
+        f"a clone restored to {proof.reached_lsn} equals production, table by table:"
+        f" {held} of {len(proof.claims)} claims held",
+    )
+    for claim in proof.claims:
+        if claim.verdict is not Verdict.HELD:
+            story.say(Kind.FAILED, f"{claim.name}: {claim.verdict}: {claim.detail}"[:300])
+    return proof
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the running shop holds of what its customers were promised."""
+
+    promised: int
+    lost: int
+    changed: int
+
+    @property
+    def all(self) -> bool:
+        return self.lost == 0 and self.changed == 0
+
+
+def ask_witness(box: Sandbox, story: Story) -> Kept:
+    """Stop the clients and look for every promise in the running database: rows, and the totals in them."""
+    box.workload.stop()
+    promises = box.witness.promises()
+    doubtful = frozenset(entry.token for entry in box.witness.notes("doubt"))
+    wrong = altered(promises, totals_present(box.dsn), doubtful)
+    kept = Kept(len(promises), missing(promises, box.dsn), len(wrong))
+    story.say(
+        Kind.PROVED if kept.all else Kind.FAILED,
+        f"the witness: {kept.promised:,} commits promised to clients, {kept.lost} missing in production,"
+        f" {kept.changed} with another total",
+    )
+    counters = box.workload.counters
+    story.say(
+        Kind.FOUND,
+        f"the application: {counters.failed} failed requests, longest stall {counters.longest_stall:.2f} s",
+    )
+    return kept
+
+
+def live_gates(repaired: Repaired, kept: Kept, proof: Proof) -> tuple[Gate, ...]:
+    """The gates of a repair in place."""
+    recovery = repaired.recovery
+    complete = recovery is not None and recovery.verdict is Verdict.HELD
+    told = str(recovery.verdict) if recovery else "; ".join(repaired.proposal.plan.refused) or "nothing done"
+    return (
+        gate("repaired in place", complete, told),
+        gate("no acknowledged commit lost", kept.all, f"{kept.lost} of {kept.promised}"),
+        gate("production proved", proof.verdict is Verdict.HELD, str(proof.verdict)),
+    )
