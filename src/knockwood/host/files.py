@@ -19,6 +19,7 @@ Chunk = bytes | bytearray | memoryview
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
 _FLUSH_BYTES = 8 << 20
 _REMOVALS = 100
@@ -88,6 +89,20 @@ def _name_it(temporary: Path, path: Path) -> None:
         if _libc.renameat2(_AT_FDCWD, encoded[0], _AT_FDCWD, encoded[1], _RENAME_NOREPLACE) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two names change places at once; False where the file system cannot, with nothing changed."""
+    with translated(first):
+        encoded = os.fsencode(first), os.fsencode(second)
+        if _libc.renameat2(_AT_FDCWD, encoded[0], _AT_FDCWD, encoded[1], _RENAME_EXCHANGE) != 0:
+            code = ctypes.get_errno()
+            if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                return False
+            raise OSError(code, os.strerror(code), str(first))
+        for folder in {first.parent, second.parent}:
+            fsync_file(folder)
+    return True
 
 
 def replace(path: Path, data: bytes, mode: int = 0o600) -> None:

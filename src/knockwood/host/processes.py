@@ -151,6 +151,22 @@ class ProcessIdentity:
             return False
 
 
+def working_in(folder: Path) -> list[int]:
+    """The processes whose current folder this is; a PostgreSQL server and its children stay in theirs.
+
+    Those of other accounts are seen by root only.
+    """
+    wanted = str(folder.resolve())
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == wanted and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return sorted(found)
+
+
 def _started(pid: int) -> float:
     try:
         # The name in the second field may hold spaces and parentheses; field 22 is the start in ticks.
