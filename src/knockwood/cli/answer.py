@@ -11,7 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from knockwood.errors import EXIT_BROKEN, EXIT_HELD, EXIT_NOT_CHECKED, KnockwoodError, SettingsError
+from knockwood.errors import (
+    EXIT_BROKEN,
+    EXIT_HELD,
+    EXIT_NOT_CHECKED,
+    EXIT_REFUSED,
+    KnockwoodError,
+    SettingsError,
+)
 from knockwood.model import Verdict
 
 SCHEMA = "knockwood/1"
@@ -22,14 +29,18 @@ _COLOURS = {Verdict.HELD: "green", Verdict.BROKEN: "red", Verdict.NOT_CHECKED: "
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A command's result. Without a verdict the command succeeded by returning."""
+    """A command's result. Without a verdict the command succeeded by returning. `refused`: what was asked
+    for was not done, because it would lose or endanger data; the values say why."""
 
     values: Mapping[str, Any]
     show: Callable[[Console], None]
     verdict: Verdict | None = None
+    refused: bool = False
 
     @property
     def exit_status(self) -> int:
+        if self.refused:
+            return EXIT_REFUSED
         return EXIT_HELD if self.verdict is None else _EXITS[self.verdict]
 
     def as_json(self) -> dict[str, Any]:

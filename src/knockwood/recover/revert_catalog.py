@@ -21,8 +21,11 @@ _QUERIES = sql(__file__)
 
 @dataclass(frozen=True, slots=True)
 class LiveColumn:
-    """A column as statements write it. `array` is the type of an array of its values, `cast` what such an
-    element still needs; `send` its image as an expression over `{}`, None where the type has none."""
+    """A column as statements write it.
+
+    `array` is the type of an array of its values, `cast` what such an element still needs; `type` and `oid`
+    are the column's type; `send` its image as an expression over `{}`, None where the type has none.
+    """
 
     name: str
     quoted: str
@@ -32,6 +35,7 @@ class LiveColumn:
     send: str | None
     collation: str
     type: str
+    oid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,7 @@ def _table(
             _image(type_oid, types),
             collation,
             typ,
+            type_oid,
         )
     names, operators = key or ([], [])
     facts = TableFacts(

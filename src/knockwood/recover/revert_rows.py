@@ -8,7 +8,7 @@ is written the server is asked for their images, and those must be the images wa
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from psycopg import RawCursor
@@ -224,7 +224,7 @@ def _by_row(
     """
     key = [table.columns[name] for name in table.facts.key]
     found = [each.found for each in operations]
-    renamed = [_renamed(column, f"key {column.name}") for column in key]
+    renamed = [replace(column, name=f"key {column.name}") for column in key]
     merged: list[dict[str, ColumnValue]] = []
     for number, each in enumerate(found):
         assert each is not None
@@ -247,19 +247,6 @@ def _by_row(
 def _places(places: Sequence[str]) -> dict[str, list[str]]:
     parts = [place.partition(":") for place in places]
     return {"relation": [part[0] for part in parts], "ctid": [part[2] for part in parts]}
-
-
-def _renamed(column: LiveColumn, name: str) -> LiveColumn:
-    return LiveColumn(
-        name,
-        column.quoted,
-        column.array,
-        column.delimiter,
-        column.cast,
-        column.send,
-        column.collation,
-        column.type,
-    )
 
 
 def delete(connection: Connection, table: LiveTable, operations: Sequence[Operation]) -> int:

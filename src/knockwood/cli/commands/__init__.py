@@ -39,10 +39,15 @@ _COMMANDS: Final = {
         "restore:restore",
         "Restore a cluster, or one table, beside the running one, complete or not at all.",
     ),
+    "revert": (
+        "revert:revert",
+        "Take transactions back, keep what came after them: the plan, and with --apply its execution.",
+    ),
     "recover": (
         "recover:recover",
         "Plan the smallest safe repair of what the checks find, show it, and with --apply carry it out.",
     ),
+    "diff": ("diff:diff", "Show what a transaction, or all of a range, did to rows, column by column."),
     "expire": ("expire:expire", "Show, and with --apply remove, what the settings no longer keep."),
     "drill list": ("drill:list_drills", "List the scenarios."),
     "drill run": ("drill:run_drills", "Play the scenarios named, and print their scorecards."),

@@ -1,0 +1,326 @@
+"""Take transactions back: their rows before and after from the archive, the rows of now from the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from knockwood.clone.registry import Registry
+from knockwood.errors import KnockwoodError, ObjectMissingError, RefusedError, UsageError
+from knockwood.history.index import ArchiveIndex
+from knockwood.history.transaction import Transaction
+from knockwood.integrity.tables import open_pinned
+from knockwood.model import Claim, Verdict
+from knockwood.model.recovery import Plan, Recovery
+from knockwood.operations.cluster import Cluster
+from knockwood.operations.freshness import bring_up_to_date
+from knockwood.operations.revert_changes import Gathered, changes_of
+from knockwood.recover import execute as execution
+from knockwood.recover.execute import StepProgress, Unfinished
+from knockwood.recover.plan.rows import Conflict, Mode
+from knockwood.recover.revert_apply import LABEL, RevertHandler
+from knockwood.recover.revert_examine import Examined, Request, examine
+from knockwood.recover.revert_plan import KIND, Dependent, dependents, make_plan
+from knockwood.recover.revert_spool import load, store
+
+MAX_LOCK_WAIT: Final = 5.0
+"""Seconds that a revert waits for a row or table that somebody holds."""
+
+READS: Final = (
+    "reads leave no trace in WAL: a transaction that only read these rows, and decided by them, is not among"
+    " the dependents"
+)
+_ROUNDS: Final = 20
+
+OnStep = Callable[[StepProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked for. `counters` are TABLE.COLUMN, `max_lock_wait` seconds."""
+
+    xids: tuple[int, ...]
+    mode: Mode = Mode.STRICT
+    counters: tuple[str, ...] = ()
+    max_lock_wait: float = MAX_LOCK_WAIT
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A dependent, and its commit where the archive's index knows it."""
+
+    dependent: Dependent
+    transaction: Transaction | None
+
+    def as_json(self) -> dict[str, Any]:
+        found = self.transaction
+        named = {
+            "xid": found.xid if found else self.dependent.xid,
+            "commit_lsn": str(found.commit_lsn) if found else None,
+            "commit_time": found.commit_time.isoformat() if found else None,
+            "label": found.label if found else None,
+        }
+        return self.dependent.as_json() | named
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A plan to take transactions back, the newest first, and what stands against it.
+
+    `waived` are conflicts that the mode passes over. `nothing` tells that every row is as it was before.
+    """
+
+    plan: Plan
+    transactions: tuple[Transaction, ...]
+    conflicts: tuple[Conflict, ...] = ()
+    waived: tuple[Conflict, ...] = ()
+    dependents: tuple[Known, ...] = ()
+    already: int = 0
+    nothing: bool = False
+    notes: tuple[str, ...] = ()
+    request: Request | None = field(default=None, repr=False)
+
+    @property
+    def refused(self) -> bool:
+        return not self.plan.steps and not self.nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """A revert that was carried out; `xid` is that of its own transaction, None where nothing was committed."""
+
+    plan: Plan
+    recovery: Recovery
+    xid: int | None
+
+
+def propose(
+    cluster: Cluster,
+    wish: Wish,
+    *,
+    registry: Registry | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Proposal:
+    """Plan the revert of committed transactions; production is read in one read-only snapshot, not changed.
+
+    Conflicts and reasons to refuse come as data. Raises ObjectMissingError for a transaction that the archive
+    does not know, and what restoring a clone raises.
+    """
+    if not wish.xids:
+        raise UsageError("no transaction is named", hint="knockwood revert XID...")
+    tell = progress or (lambda _: None)
+    repository = cluster.repository()
+    tell("bringing the archive up to date")
+    freshness = bring_up_to_date(cluster, repository)
+    notes = [READS] if freshness.complete else [READS, freshness.detail]
+    tell("reading the archive's index")
+    index = ArchiveIndex.open(repository, programs_for=cluster.programs)
+    work = _Proposing(cluster, index, wish, registry, tell, notes)
+    return work.propose(_named(index, wish.xids))
+
+
+def execute(
+    cluster: Cluster,
+    proposal: Proposal,
+    *,
+    approve: str | None = None,
+    on_step: OnStep | None = None,
+) -> Executed:
+    """Carry an approved plan out in one transaction, and hold the rows against it once more afterwards."""
+    recovery = execution.execute(
+        proposal.plan,
+        [handler(cluster)],
+        cluster.state,
+        approve=approve or proposal.plan.id,
+        verify=lambda: verify(cluster, proposal.plan),
+        progress=on_step,
+    )
+    return _executed(proposal.plan, recovery)
+
+
+def unfinished(cluster: Cluster, xids: Sequence[int]) -> Unfinished | None:
+    """A revert of just these transactions that was killed or has failed."""
+    for entry in execution.unfinished(cluster.state, cluster.name):
+        steps = entry.plan.steps
+        if len(steps) == 1 and steps[0].kind == KIND and set(steps[0].arguments["xids"]) == set(xids):
+            return entry
+    return None
+
+
+def resume(cluster: Cluster, entry: Unfinished, on_step: OnStep | None = None) -> Executed:
+    """Go on with an execution that was killed: it finds out by itself whether it had committed."""
+    recovery = execution.resume(
+        entry.folder,
+        [handler(cluster)],
+        verify=lambda: verify(cluster, entry.plan),
+        progress=on_step,
+    )
+    return _executed(entry.plan, recovery)
+
+
+def handler(cluster: Cluster) -> RevertHandler:
+    """What executes steps of the kind `revert`."""
+    return RevertHandler(cluster.dsn, cluster.invariants())
+
+
+def verify(cluster: Cluster, plan: Plan) -> tuple[Claim, ...]:
+    """The rows held against the transactions again, and the invariants; never an error, never green by default."""
+    claims: list[Claim] = []
+    for step in plan.steps:
+        if step.kind != KIND:
+            continue
+        name = f"rows of {', '.join(map(str, step.arguments['xids']))} are as before"
+        try:
+            claims.append(_rows_back(cluster, name, step.arguments))
+        except KnockwoodError as error:
+            claims.append(Claim(name, Verdict.NOT_CHECKED, str(error)))
+    return tuple(claims)
+
+
+def _rows_back(cluster: Cluster, name: str, arguments: Any) -> Claim:
+    """Whether nothing is left to be written. Counters are left out: their sum cannot tell."""
+    request = Request(
+        load(Path(arguments["changes"]), arguments["sha256"]),
+        Mode(arguments["mode"]),
+        tuple(arguments["counters"]),
+    )
+    examined = _examined(cluster, request)
+    left = [
+        each for each in examined.operations if set(each.columns) - set(each.deltas) or each.kind != "set"
+    ]
+    if left:
+        return Claim(name, Verdict.BROKEN, f"{len(left)} row(s) are not, such as one of {left[0].table}")
+    counted = len(examined.operations)
+    detail = f"{examined.merged.already} change(s) taken back"
+    return Claim(
+        name, Verdict.HELD, detail + (f", {counted} row(s) with counters adjusted" if counted else "")
+    )
+
+
+def _examined(cluster: Cluster, request: Request) -> Examined:
+    with open_pinned(cluster.dsn, request.database) as connection:
+        # One snapshot: what is shown belongs together.
+        connection.execute("begin isolation level repeatable read, read only")
+        return examine(connection, request)
+
+
+def _executed(plan: Plan, recovery: Recovery) -> Executed:
+    xids = [result.values.get("xid") for result in recovery.results if result.kind == KIND]
+    known = [int(str(xid)) & 0xFFFF_FFFF for xid in xids if xid is not None]
+    return Executed(plan, recovery, known[0] if known else None)
+
+
+def _named(index: ArchiveIndex, xids: Sequence[int]) -> list[Transaction]:
+    """The transactions, each once, the newest first; a subtransaction's number means its whole transaction."""
+    found = {each.commit_lsn: each for each in (index.transaction(xid) for xid in xids)}
+    return [found[lsn] for lsn in sorted(found, reverse=True)]
+
+
+@dataclass(slots=True)
+class _Proposing:
+    cluster: Cluster
+    index: ArchiveIndex
+    wish: Wish
+    registry: Registry | None
+    tell: Callable[[str], None]
+    notes: list[str]
+
+    def propose(self, transactions: list[Transaction]) -> Proposal:
+        gathered = Gathered()
+        for _ in range(_ROUNDS):
+            reasons = self._gather(transactions, gathered)
+            if reasons:
+                return self._refused(transactions, reasons)
+            culprits = tuple(gathered.culprits[each.commit_lsn] for each in transactions)
+            if not any(culprit.changes for culprit in culprits):
+                return self._nothing(transactions)
+            request = Request(culprits, self.wish.mode, self.wish.counters)
+            self.tell("comparing with the rows of now")
+            examined = _examined(self.cluster, request)
+            reasons = gathered.drift(examined.catalog)
+            if reasons:
+                return self._refused(transactions, reasons)
+            more = self._more(examined, transactions) if self.wish.mode is Mode.CASCADE else []
+            if not more:
+                return self._proposal(request, examined, transactions)
+            transactions = sorted([*transactions, *more], key=lambda one: one.commit_lsn, reverse=True)
+        raise RefusedError(
+            f"more than {_ROUNDS} rounds of dependents: this is no longer a revert",
+            hint="restore beside, and compare",
+        )
+
+    def _gather(self, transactions: Sequence[Transaction], gathered: Gathered) -> list[str]:
+        missing = [each for each in transactions if each.commit_lsn not in gathered.culprits]
+        if missing:
+            self.tell(f"reading what {', '.join(str(each.xid) for each in missing)} changed, from a clone")
+            changes_of(self.cluster, self.index.repository, missing, gathered, self.registry)
+        return gathered.reasons
+
+    def _more(self, examined: Examined, transactions: Sequence[Transaction]) -> list[Transaction]:
+        """The dependents that stand against it: to be taken back first."""
+        known = {each.commit_lsn for each in transactions}
+        found: dict[Any, Transaction] = {}
+        for conflict in examined.conflicts:
+            for xid in conflict.writers:
+                try:
+                    one = self.index.transaction(xid)
+                except ObjectMissingError:
+                    continue
+                if one.commit_lsn not in known and one.commit_lsn > transactions[-1].commit_lsn:
+                    found[one.commit_lsn] = one
+        return list(found.values())
+
+    def _proposal(self, request: Request, examined: Examined, transactions: list[Transaction]) -> Proposal:
+        reasons = self._reverted_before(transactions) if examined.operations else []
+        counted = any(each.deltas for each in examined.operations)
+        if reasons and counted:
+            return self._refused(
+                transactions, [f"{each}: its counters would be adjusted twice" for each in reasons]
+            )
+        self.notes += reasons
+        folder = self.cluster.state / self.cluster.name / "reverts"
+        plan = make_plan(
+            self.cluster.name, request, examined, store(folder, request.culprits), self.wish.max_lock_wait
+        )
+        return Proposal(
+            plan,
+            tuple(transactions),
+            examined.conflicts,
+            examined.waived,
+            tuple(self._known(each) for each in dependents(examined)),
+            examined.merged.already,
+            nothing=not examined.operations and not examined.conflicts and not examined.waived,
+            notes=tuple(self.notes),
+            request=request,
+        )
+
+    def _known(self, dependent: Dependent) -> Known:
+        try:
+            return Known(dependent, self.index.transaction(dependent.xid))
+        except ObjectMissingError:
+            return Known(dependent, None)
+
+    def _reverted_before(self, transactions: Sequence[Transaction]) -> list[str]:
+        """Which of them a revert names that has not been reverted itself."""
+        oldest = transactions[-1].commit_lsn
+        active: dict[int, int] = {}
+        for one in self.index.transactions(since=oldest):
+            if one.label and one.label.startswith(LABEL):
+                for word in one.label.removeprefix(LABEL).split(","):
+                    if word.strip().isdigit():
+                        active[int(word)] = one.xid
+                        # A revert of a revert makes the first one count no more.
+                        active = {xid: by for xid, by in active.items() if by != int(word)}
+        return [f"{one.xid} was reverted by {active[one.xid]}" for one in transactions if one.xid in active]
+
+    def _refused(self, transactions: Sequence[Transaction], reasons: Sequence[str]) -> Proposal:
+        purpose = f"revert of {', '.join(str(each.xid) for each in transactions)}"
+        plan = Plan(self.cluster.name, purpose, refused=tuple(reasons))
+        return Proposal(plan, tuple(transactions), notes=tuple(self.notes))
+
+    def _nothing(self, transactions: Sequence[Transaction]) -> Proposal:
+        purpose = f"revert of {', '.join(str(each.xid) for each in transactions)}"
+        plan = Plan(self.cluster.name, purpose, refused=("no row was changed",))
+        return Proposal(plan, tuple(transactions), nothing=True, notes=tuple(self.notes))

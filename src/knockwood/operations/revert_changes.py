@@ -1,0 +1,115 @@
+"""The rows that transactions changed, from one clone of the archive; partial where that is safe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from knockwood.clone.partial import spawn_for
+from knockwood.clone.partial_files import RelationKey
+from knockwood.clone.registry import Registry
+from knockwood.clone.spawn import Clone, spawn
+from knockwood.history.images import RowChanges, row_changes
+from knockwood.history.shapes import TableShape
+from knockwood.history.standing import Position
+from knockwood.history.transaction import TableId, Transaction
+from knockwood.model import Lsn
+from knockwood.operations.cluster import Cluster
+from knockwood.recover.plan.rows import Culprit
+from knockwood.recover.revert_catalog import Catalog
+from knockwood.repository.backups.listing import relation_map
+from knockwood.repository.repository import Repository
+from knockwood.repository.targets import RestorePlan
+
+
+@dataclass(slots=True)
+class Gathered:
+    """What was read so far, by commit. `reasons` say why a transaction cannot be taken back row by row."""
+
+    culprits: dict[Lsn, Culprit] = field(default_factory=dict)
+    shapes: dict[TableId, TableShape] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, transaction: Transaction, changes: RowChanges) -> None:
+        """Remember one transaction's changes, or why they are not enough."""
+        xid = transaction.xid
+        if changes.ddl:
+            lines = "; ".join(changes.ddl)
+            self.reasons.append(f"{xid} changed the schema, which rows cannot undo: {lines}")
+        for unread in changes.unread:
+            self.reasons.append(f"{xid} changed rows of {unread.table} that cannot be read: {unread.reason}")
+        if self.reasons:
+            return
+        self.culprits[transaction.commit_lsn] = Culprit(xid, tuple(changes))
+        self.notes += changes.notes
+        self.shapes |= {**changes.after, **changes.before}
+
+    def drift(self, catalog: Catalog) -> list[str]:
+        """Columns whose type is another now: their images cannot be compared."""
+        return list(self._drift(catalog))
+
+    def _drift(self, catalog: Catalog) -> Iterator[str]:
+        for table, root in catalog.roots.items():
+            shape = self.shapes.get(table)
+            live = catalog.tables[root].columns
+            for column in shape.columns if shape else ():
+                now = live.get(column.name)
+                if now is not None and now.oid != column.type_oid:
+                    yield f"{table}.{column.name} was {column.type} and is {now.type} now"
+
+
+def changes_of(
+    cluster: Cluster,
+    repository: Repository,
+    transactions: Sequence[Transaction],
+    gathered: Gathered,
+    registry: Registry | None = None,
+) -> None:
+    """Read what the transactions did, the oldest first, from one clone that goes on from commit to commit."""
+    ordered = sorted(transactions, key=lambda one: one.commit_lsn)
+
+    def make(plan: RestorePlan) -> Clone:
+        keys = _keys(repository, plan, ordered)
+        programs = cluster.programs(plan.backup.major)
+        if not keys:
+            return spawn(repository, plan, programs=programs, purpose="revert", registry=registry)
+        return spawn_for(repository, plan, keys, programs=programs, purpose="revert", registry=registry)
+
+    with Position(make) as position:
+        for one in ordered:
+            # A table that was locked against everybody is read before the lock, which may lie behind the clone.
+            alone = one.catalog_changes or any(each.truncated or each.rewritten for each in one.relations)
+            read = row_changes(
+                repository,
+                [one],
+                programs_for=cluster.programs,
+                registry=registry,
+                spawner=make,
+                position=None if alone or len(ordered) == 1 else position,
+            )
+            with read as changes:
+                gathered.take(one, changes)
+
+
+def _keys(
+    repository: Repository, plan: RestorePlan, transactions: Sequence[Transaction]
+) -> list[RelationKey]:
+    """The tables to have on the clone; none where a file is not in the backup's map: then all."""
+    relations = relation_map(repository, plan.backup).relations
+    by_file = {(each.database_oid, each.filenode): each for each in relations}
+    by_oid = {(each.database_oid, each.oid): each for each in relations}
+    keys: dict[tuple[str, int], RelationKey] = {}
+    for one in transactions:
+        if one.catalog_changes:
+            return []
+        for touched in one.relations:
+            found = by_file.get((touched.database, touched.filenode))
+            if found is None:
+                return []
+            # A TOAST relation comes with its table.
+            if found.table is not None:
+                found = by_oid.get((found.database_oid, found.table), found)
+            if found.kind == "r" and found.oid >= 16384:
+                keys[found.database, found.oid] = RelationKey(found.database, oid=found.oid)
+    return list(keys.values())
