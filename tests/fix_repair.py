@@ -18,7 +18,7 @@ from knockwood.model.recovery import Plan, Recovery
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.page_repair import PageRef, PageRepairs, plan_pages, verify_pages
 from knockwood.operations.protect import take
-from knockwood.postgres.connection import connect
+from knockwood.postgres.connection import connect, translated
 from knockwood.postgres.server import LocalServer
 from knockwood.recover.execute import execute
 from knockwood.recover.pages_facts import Target, target_named
@@ -53,7 +53,7 @@ class Site:
 
     def sql(self, text: str, *parameters: object) -> Any:
         """Run statements; the first column of the first row of the last, if there is one."""
-        with connect(self.server.dsn()) as connection:
+        with connect(self.server.dsn()) as connection, translated():
             cursor = connection.execute(text.encode(), parameters or None)
             while cursor.nextset():
                 pass

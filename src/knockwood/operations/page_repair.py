@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,9 +31,11 @@ from knockwood.operations.page_repair_plan import (
     pages_of,
     plan_pages,
 )
+from knockwood.postgres.connection import connect, with_words
 from knockwood.recover import pages_facts as facts
+from knockwood.recover import rows
 from knockwood.recover.execute import Handler
-from knockwood.recover.indexes import reindex, verify_indexes
+from knockwood.recover.indexes import mend_indexes, reindex, verify_indexes
 from knockwood.recover.journal import StepJournal
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, UnprovenError, good_images
@@ -79,7 +82,7 @@ class PageRepairs:
 
     @property
     def handlers(self) -> tuple[Handler, ...]:
-        return (_Pages(self), _Maps(self), _Reindex(self))
+        return (_Pages(self), _Maps(self), _Rows(self), _Reindex(self))
 
     @property
     def subject(self) -> Subject:
@@ -116,12 +119,16 @@ class PageRepairs:
             clone.destroy()
 
     def _spawn(self, backup: str, target: Target) -> Clone:
+        return self.clone_at(backup, target, lambda plan: plan)
+
+    def clone_at(self, backup: str, target: Target, at: Callable[[RestorePlan], RestorePlan]) -> Clone:
+        """A clone of the backup, at the point that `at` makes of the plan to the newest commit."""
         # A commit now makes everything before it part of the newest state of the archive.
         facts.flush_wal(self.subject, target.database)
         fresh = bring_up_to_date(self.cluster, self.repository)
         if not fresh.complete:
             raise RefusedError(fresh.detail, hint="keep `knockwood wal receive` running, and try again")
-        plan = resolve(self.repository, Latest(), backup=backup, programs_for=self.cluster.programs)
+        plan = at(resolve(self.repository, Latest(), backup=backup, programs_for=self.cluster.programs))
         if self.spawner is not None:
             return self.spawner(plan, target)
         return spawn(
@@ -130,6 +137,7 @@ class PageRepairs:
             programs=self.cluster.programs(plan.backup.major),
             purpose="page repair",
             progress=self.progress,
+            unreadable="fail",
             registry=Registry(self.cluster.settings.proof.clones),
         )
 
@@ -235,7 +243,6 @@ class _Maps:
 
     def run(self, step: Step, journal: StepJournal) -> StepResult:
         words = step.arguments
-        began = clock.monotonic()
         did = rebuild_map(
             self.context.subject,
             words["database"],
@@ -252,12 +259,64 @@ class _Maps:
             step.title,
             Outcome.DONE if did else Outcome.ALREADY_DONE,
             "the map was made anew" if did else "it had been made anew already",
-            seconds=round(clock.monotonic() - began, 3),
             evidence=journal.evidence_paths,
         )
 
     def roll_back(self, step: Step, journal: StepJournal) -> StepResult:
         return _nothing_to_undo(step, journal, "a map holds no rows: VACUUM makes it at any time")
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """replace-rows: all in one transaction; run again it finds nothing left to do."""
+
+    context: PageRepairs
+    kind: str = ROWS
+
+    def run(self, step: Step, journal: StepJournal) -> StepResult:
+        words, context = step.arguments, self.context
+        lost, after = Lsn.parse(words["lost"][0]), Lsn.parse(words["first_after"])
+        with connect(with_words(context.subject.dsn, dbname=words["database"])) as connection:
+            target = facts.target_of(connection, words["database"], words["oid"])
+            shape = rows.shape_of(connection, target)
+        block = int(words["block"])
+        clone = context.clone_at(words["backup"], target, lambda plan: _before(plan, lost))
+        with clone:
+            stale = rows.read_clone(clone.dsn(target.database), shape, block)
+            clone.advance(_before(clone.plan, after))
+            rows.require_ended(clone.dsn("template1"), target, words["xids"])
+            true = rows.read_clone(clone.dsn(target.database), shape, block, stale)
+        done = rows.replace_rows(
+            context.subject, target, stale, true, block, keep=_keeper(journal), note=journal.note
+        )
+        counts = Counter(str(mend.change) for mend in done.mends)
+        return StepResult(
+            step.kind,
+            step.title,
+            Outcome.DONE if done.mends else Outcome.ALREADY_DONE,
+            ", ".join(f"{number} rows to {change}" for change, number in sorted(counts.items()))
+            or "no row lacks a lost change any more",
+            blocked_seconds=round(done.locked_seconds, 3),
+            evidence=journal.evidence_paths,
+            values={"xid": done.xid, **counts, "new_full_backup_needed": True},
+        )
+
+    def roll_back(self, step: Step, journal: StepJournal) -> StepResult:
+        xid = journal.notes.get("xid")
+        if xid is None:
+            return _nothing_to_undo(step, journal, "no row was changed")
+        return StepResult(
+            step.kind,
+            step.title,
+            Outcome.FAILED,
+            f"if transaction {xid} was committed, `knockwood revert {xid}` takes it back",
+            evidence=journal.evidence_paths,
+        )
+
+
+def _before(plan: RestorePlan, lsn: Lsn) -> RestorePlan:
+    """The same way, up to but not including the record that starts at `lsn`."""
+    return replace(plan, target_lsn=lsn, inclusive=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +326,15 @@ class _Reindex:
 
     def run(self, step: Step, journal: StepJournal) -> StepResult:
         words = step.arguments
-        began = clock.monotonic()
+        if words["index"] is None:
+            names = mend_indexes(self.context.subject, words["database"], words["oid"], journal.note)
+            return StepResult(
+                step.kind,
+                step.title,
+                Outcome.DONE if names else Outcome.ALREADY_DONE,
+                f"made anew: {', '.join(names)}" if names else "every index has every row",
+                values={"indexes": names},
+            )
         did = reindex(
             self.context.subject,
             words["database"],
@@ -281,7 +348,6 @@ class _Reindex:
             step.title,
             Outcome.DONE if did else Outcome.ALREADY_DONE,
             "the index was made anew" if did else "it had been made anew already",
-            seconds=round(clock.monotonic() - began, 3),
         )
 
     def roll_back(self, step: Step, journal: StepJournal) -> StepResult:

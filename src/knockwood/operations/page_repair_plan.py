@@ -19,7 +19,8 @@ from knockwood.recover.indexes import Index, index_named
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_session import Session, session
 from knockwood.recover.pages_write import Looked, look, standbys
-from knockwood.recover.plan.pages import Judgement, PageClass, Procedure, find_poison
+from knockwood.recover.plan.pages import Judgement, PageClass, Poison, Procedure, find_poison
+from knockwood.recover.rows import shape_of
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.repository import Repository
@@ -189,10 +190,23 @@ class _Planning:
             if procedure is Procedure.REINDEX:
                 self._index(target.database, target.name)
             elif procedure is Procedure.ROWS:
-                self.steps += [_rows_step(target, block, seen, backup) for block in blocks]
+                self._rows(tools, target, blocks, seen)
             elif procedure is not Procedure.NOTHING:
                 judgements = {block: seen.judgements[block] for block in blocks}
                 self.steps.append(_page_step(target, procedure, judgements, backup))
+                if procedure is Procedure.REPLACE:
+                    self.steps.append(_indexes_step(target))
+
+    def _rows(self, tools: Session, target: Target, blocks: list[int], seen: Looked) -> None:
+        """Rows in place of pages; then all indexes of the table are suspect."""
+        shape_of(tools.connection, target)
+        for block in blocks:
+            poison = find_poison(seen.wal[block].records)
+            assert poison is not None
+            known = [each for each in list_backups(self.repository) if each.stop_lsn <= poison.lost[0]]
+            if not known:
+                raise ObjectMissingError(f"there is no base backup from before {poison.lost[0]}")
+            self.steps.append(_rows_step(target, block, poison, known[-1]))
 
     # --- indexes and maps -------------------------------------------------------------------------
 
@@ -316,9 +330,7 @@ def _page_step(
     )
 
 
-def _rows_step(target: Target, block: int, seen: Looked, backup: Backup) -> Step:
-    poison = find_poison(seen.wal[block].records)
-    assert poison is not None
+def _rows_step(target: Target, block: int, poison: Poison, backup: Backup) -> Step:
     return Step(
         ROWS,
         f"bring over the rows of {len(poison.lost)} lost changes to block {block} of {target.name}",
@@ -328,6 +340,7 @@ def _rows_step(target: Target, block: int, seen: Looked, backup: Backup) -> Step
             "first_after": str(poison.first_after),
             "stale_lsn": str(poison.stale_lsn),
             "lost": [str(lsn) for lsn in poison.lost],
+            "xids": list(poison.xids),
             "since": str(backup.start_lsn),
             "backup": backup.id,
         },
@@ -337,9 +350,9 @@ def _rows_step(target: Target, block: int, seen: Looked, backup: Backup) -> Step
                 "unchanged rows", "a row that somebody changed since the damage is never overwritten"
             ),
         ),
-        locks=f"ROW EXCLUSIVE on {target.owner}: only the rows brought over are locked",
-        blocked_seconds=0.0,
-        undo="the rows as they were are kept as evidence",
+        locks=f"SHARE ROW EXCLUSIVE on {target.owner}: writers wait while its indexes are made anew",
+        blocked_seconds=None,
+        undo="one transaction: knockwood revert takes it back; the rows as they were are kept as evidence",
     )
 
 
@@ -375,6 +388,16 @@ def _reindex_step(index: Index) -> Step:
         else f"SHARE UPDATE EXCLUSIVE on {index.table}: readers and writers go on",
         blocked_seconds=None if index.exclusion else 0.0,
         undo="nothing to take back: the old index was damaged",
+    )
+
+
+def _indexes_step(target: Target) -> Step:
+    return Step(
+        REINDEX,
+        f"compare the indexes of {target.name} with its rows, REINDEX CONCURRENTLY those that lack some",
+        {"database": target.database, "index": None, "table": target.name, "oid": target.oid},
+        locks=f"SHARE UPDATE EXCLUSIVE on {target.owner}: readers and writers go on",
+        undo="nothing to take back: an index that lacks rows is damaged",
     )
 
 

@@ -174,6 +174,22 @@ def verify_indexes(subject: Subject, database: str, table_oid: int) -> list[Veri
     return found
 
 
+def mend_indexes(
+    subject: Subject, database: str, table_oid: int, note: Callable[[str, Any], None]
+) -> list[str]:
+    """Make anew every index of a table that lacks rows, or of which nobody can tell; their names.
+
+    While a page was empty or old, index scans that met it marked its entries as dead. GIN and BRIN do not.
+    """
+    mended = []
+    for each in verify_indexes(subject, database, table_oid):
+        unknown = each.verdict is Verdict.NOT_CHECKED and each.index.method not in ("gin", "brin")
+        if each.verdict is Verdict.BROKEN or unknown:
+            reindex(subject, database, each.index.name, each.index.filenode, note)
+            mended.append(each.index.name)
+    return mended
+
+
 def _compare(connection: Connection, schema: str, index: Index) -> Verified:
     query = sql.SQL("select {}.bt_index_check(%s::oid::regclass, true)").format(sql.Identifier(schema))
     try:

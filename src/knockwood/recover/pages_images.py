@@ -39,12 +39,16 @@ class UnprovenError(RefusedError):
 
 @dataclass(frozen=True, slots=True)
 class Good:
-    """Images of blocks as of `reached`, and what the WAL from `since` up to there says of them."""
+    """Images of blocks as of `reached`, and what the WAL from `since` up to there says of them.
+
+    `empty` are blocks that are all zeros on the clone too, and that no WAL names: nothing ever was on them.
+    """
 
     reached: Lsn
     since: Lsn
     images: Mapping[int, bytes]
     wal: Mapping[int, WalFacts]
+    empty: frozenset[int] = frozenset()
 
 
 def good_images(
@@ -79,7 +83,8 @@ def good_images(
             where=target.name,
             hint="name an older backup, from before the damage",
         )
-    return Good(clone.reached_lsn, since, images, wal)
+    empty = frozenset(block for block, image in images.items() if not any(image))
+    return Good(clone.reached_lsn, since, images, wal, empty)
 
 
 def _checkpoint(clone: CloneOfFiles) -> None:
@@ -95,6 +100,8 @@ def _read(
     for block in blocks:
         _, offset = segment_of(block)
         image = read_block(clone.data_directory / segment_path(target.path, block), offset, PAGE_BYTES)
+        if len(image) < PAGE_BYTES and wal[block].known and wal[block].last is None:
+            image = bytes(PAGE_BYTES)  # zero pages at the end of a file are made without WAL
         reason = _doubt(image, block, wal[block])
         if reason is None:
             images[block] = image
@@ -107,7 +114,7 @@ def _doubt(image: bytes, block: int, wal: WalFacts) -> str | None:
     if len(image) < PAGE_BYTES:
         return "its file ends before the block (was the table truncated or rewritten?)"
     if not any(image):
-        return "it is all zeros there too"
+        return None if wal.known and wal.last is None else "it is all zeros there too"
     for _, reason in bad_pages(image, block, True):
         return f"it is damaged there too: {reason}"
     return proves_newest(decode_header(image).lsn, wal)

@@ -29,7 +29,7 @@ Node = tuple[int, int, int]
 """Tablespace, database, relation file number, as WAL names a relation."""
 
 _LINE: Final = re.compile(
-    rb"^rmgr: (\w+) +len \(rec/tot\): +\d+/ +(\d+), tx: +\d+, lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
+    rb"^rmgr: (\w+) +len \(rec/tot\): +\d+/ +(\d+), tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
     rb" desc: ([^\s,]+)([^\n]*)",
     re.MULTILINE,
 )
@@ -89,7 +89,7 @@ class _Taker:
         self._found = found
 
     def take(self, text: bytes) -> None:
-        for rmgr, size, lsn, kind, rest in _LINE.findall(text):
+        for rmgr, size, xid, lsn, kind, rest in _LINE.findall(text):
             for number, *node, fork, block, image in _REFERENCE.findall(rest):
                 mine = tuple(node) == self._node and (fork or b"main") == self._fork
                 records = self._found.get(int(block)) if mine else None
@@ -105,6 +105,7 @@ class _Taker:
                         f"{rmgr.decode()} {kind.decode()}",
                         has_image,
                         inner,
+                        int(xid),
                     )
                 )
 

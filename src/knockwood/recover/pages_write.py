@@ -163,6 +163,13 @@ def _one_lock(
     good = None
     if procedure is not Procedure.SAVE_BUFFER:
         good = images(target, blocks)
+        untouched = [block for block in blocks if block in good.empty and not any(seen.pages[block] or b"x")]
+        done.healthy += untouched
+        blocks = [block for block in blocks if block not in untouched]
+        if not blocks:
+            return
+        if set(blocks) & good.empty:
+            raise RefusedError(f"block {min(good.empty)} is empty on the clone", where=target.name)
         # Without the lock first: what comes in under it is then short.
         until = facts.flush_wal(subject, target.database)
         _require_current(facts.wal_facts(subject, target, blocks, good.reached, until), target)

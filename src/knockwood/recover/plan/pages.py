@@ -58,7 +58,7 @@ LOCKS: Final = {
     Procedure.WRITE: "SHARE UPDATE EXCLUSIVE",
     Procedure.SAVE_BUFFER: "ACCESS EXCLUSIVE",
     Procedure.REPLACE: "ACCESS EXCLUSIVE",
-    Procedure.ROWS: "ROW EXCLUSIVE",
+    Procedure.ROWS: "SHARE ROW EXCLUSIVE",
 }
 
 
@@ -96,6 +96,7 @@ class BlockRecord:
     kind: str
     image: bool = False
     image_lsn: Lsn | None = None
+    xid: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ class Poison:
     first_after: Lsn
     stale_lsn: Lsn
     lost: tuple[Lsn, ...]
+    xids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +266,22 @@ def _readable(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFac
             " are lost on disk and in the archive's image",
         )
     last = wal.last
-    if last is None or (disk.state == "good" and disk.lsn is not None and disk.lsn > last.lsn):
+    if disk.state == "good" and last is None:
+        return Judgement(
+            PageClass.HEALTHY,
+            Procedure.NOTHING,
+            f"the page is valid, and the WAL since {wal.since} names it nowhere",
+        )
+    if disk.state == "good" and last is not None and disk.lsn is not None and disk.lsn > last.lsn:
         return Judgement(PageClass.HEALTHY, Procedure.NOTHING, "the page is as the WAL left it")
-    if buffers.state == "present" and not buffers.zero and buffers.lsn is not None and buffers.lsn > last.lsn:
+    return _lost(disk, buffers, wal, server)
+
+
+def _lost(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFactsForPages) -> Judgement:
+    """The disk lacks a change that it should have; of a page that no WAL names the clone has to tell."""
+    last = wal.last
+    newest = last.lsn if last is not None else Lsn(0)
+    if buffers.state == "present" and not buffers.zero and buffers.lsn is not None and buffers.lsn > newest:
         if buffers.dirty:
             return Judgement(PageClass.HEALTHY, Procedure.NOTHING, "its newest change waits to be written")
         return _saved(buffers, wal, "the newest change was lost on its way to the disk")
@@ -287,7 +302,10 @@ def _readable(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFac
         )
     damage = PageClass.ZEROED if disk.state == "zero" else PageClass.STALE
     shown = "zero" if disk.state == "zero" else f"of {disk.lsn}"
-    return Judgement(damage, Procedure.REPLACE, f"the page on disk is {shown}, its last record is {last.lsn}")
+    told = (
+        f"its last record is {last.lsn}" if last else f"it had rows before {wal.since} if the clone has them"
+    )
+    return Judgement(damage, Procedure.REPLACE, f"the page on disk is {shown}, {told}")
 
 
 def find_poison(records: Sequence[BlockRecord]) -> Poison | None:
@@ -300,9 +318,10 @@ def find_poison(records: Sequence[BlockRecord]) -> Poison | None:
     changes: list[BlockRecord] = []
     for record in records:
         if record.image and record.image_lsn is not None:
-            lost = tuple(change.lsn for change in changes if record.image_lsn <= change.lsn)
+            lost = [change for change in changes if record.image_lsn <= change.lsn]
             if lost:
-                return Poison(record.lsn, record.image_lsn, lost)
+                xids = sorted({change.xid for change in lost if change.xid})
+                return Poison(record.lsn, record.image_lsn, tuple(c.lsn for c in lost), tuple(xids))
         if record.kind != HINT:
             changes.append(record)
     return None

@@ -1,0 +1,302 @@
+"""Judging pages: every class has its procedure, and nothing unproven is ever written."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knockwood.model import Lsn
+from knockwood.recover.plan.page_masks import describe, masked, same
+from knockwood.recover.plan.pages import (
+    HINT,
+    SEGMENT_PAGES,
+    BlockRecord,
+    InBuffers,
+    OnDisk,
+    PageClass,
+    Procedure,
+    RelationFacts,
+    ServerFactsForPages,
+    WalFacts,
+    classify,
+    find_poison,
+    proves_newest,
+    segment_of,
+    segment_path,
+)
+
+TABLE = RelationFacts(20000, "r", "p")
+SERVER = ServerFactsForPages(
+    checksums=True,
+    full_page_writes=True,
+    superuser=True,
+    in_recovery=False,
+    can_evict=True,
+    sees_buffers=True,
+)
+LAST = BlockRecord(Lsn(5000), Lsn(5100), "Heap UPDATE")
+WAL = WalFacts(True, (BlockRecord(Lsn(1000), Lsn(1100), "Heap INSERT"), LAST), Lsn(500), Lsn(9000))
+ABSENT = InBuffers("absent")
+BAD = OnDisk("bad", reason="checksum")
+
+
+def test_segments_of_a_gigabyte() -> None:
+    assert segment_of(0) == (0, 0)
+    assert segment_of(SEGMENT_PAGES - 1) == (0, (1 << 30) - 8192)
+    assert segment_of(SEGMENT_PAGES) == (1, 0)
+    assert segment_of(3 * SEGMENT_PAGES + 7) == (3, 7 * 8192)
+    assert segment_path("base/5/16384", SEGMENT_PAGES - 1) == "base/5/16384"
+    assert segment_path("pg_tblspc/9/PG_18_1/5/16384_vm", 2 * SEGMENT_PAGES) == (
+        "pg_tblspc/9/PG_18_1/5/16384_vm.2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("disk", "buffers", "wal", "damage", "procedure"),
+    [
+        (BAD, ABSENT, WAL, PageClass.BAD_CHECKSUM, Procedure.WRITE),
+        (BAD, ABSENT, WalFacts(False), PageClass.BAD_CHECKSUM, Procedure.WRITE),
+        (replace(BAD, belongs_to=(7,)), ABSENT, WAL, PageClass.MISDIRECTED, Procedure.WRITE),
+        (OnDisk("unreadable"), ABSENT, WAL, PageClass.UNREADABLE, Procedure.WRITE),
+        (BAD, InBuffers("unknown"), WAL, PageClass.REFUSED, Procedure.REFUSE),
+        (BAD, InBuffers("present", Lsn(5100)), WAL, PageClass.GOOD_IN_BUFFERS, Procedure.SAVE_BUFFER),
+        (BAD, InBuffers("present", Lsn(1100)), WAL, PageClass.REFUSED, Procedure.REFUSE),
+        (BAD, InBuffers("present", Lsn(5100)), WalFacts(False), PageClass.REFUSED, Procedure.REFUSE),
+        (BAD, InBuffers("present", zero=True), WAL, PageClass.REFUSED, Procedure.REFUSE),
+        (OnDisk("zero"), ABSENT, WAL, PageClass.ZEROED, Procedure.REPLACE),
+        (OnDisk("zero"), ABSENT, WalFacts(True), PageClass.ZEROED, Procedure.REPLACE),
+        (OnDisk("zero"), ABSENT, WalFacts(False), PageClass.REFUSED, Procedure.REFUSE),
+        (
+            OnDisk("zero"),
+            InBuffers("present", Lsn(5100)),
+            WAL,
+            PageClass.GOOD_IN_BUFFERS,
+            Procedure.SAVE_BUFFER,
+        ),
+        (OnDisk("good", Lsn(1100)), ABSENT, WAL, PageClass.STALE, Procedure.REPLACE),
+        (OnDisk("good", Lsn(1100)), InBuffers("present", Lsn(1100)), WAL, PageClass.STALE, Procedure.REPLACE),
+        (
+            OnDisk("good", Lsn(1100)),
+            InBuffers("present", Lsn(5100), dirty=True),
+            WAL,
+            PageClass.HEALTHY,
+            Procedure.NOTHING,
+        ),
+        (OnDisk("good", Lsn(5100)), ABSENT, WAL, PageClass.HEALTHY, Procedure.NOTHING),
+        (OnDisk("good", Lsn(1100)), ABSENT, WalFacts(False), PageClass.REFUSED, Procedure.REFUSE),
+        (OnDisk("missing"), ABSENT, WAL, PageClass.REFUSED, Procedure.REFUSE),
+    ],
+)
+def test_each_kind_of_damage(
+    disk: OnDisk, buffers: InBuffers, wal: WalFacts, damage: PageClass, procedure: Procedure
+) -> None:
+    judged = classify(disk, buffers, wal, TABLE, SERVER)
+    assert (judged.damage, judged.procedure) == (damage, procedure), judged.reason
+    assert judged.reason
+
+
+@pytest.mark.parametrize(
+    ("relation", "word"),
+    [
+        (RelationFacts(1259, "r", "p"), "catalog"),
+        (RelationFacts(20000, "r", "p", shared=True), "catalog"),
+        (RelationFacts(20000, "r", "u"), "unlogged"),
+        (RelationFacts(20000, "r", "t"), "temporary"),
+        (RelationFacts(20000, "S", "p"), "sequence"),
+        (RelationFacts(20000, "m", "p"), "REFRESH"),
+        (RelationFacts(20000, "r", "p", "init"), "unlogged"),
+        (RelationFacts(20000, "r", "p", method="columnar"), "columnar"),
+    ],
+)
+def test_relations_that_are_left_alone(relation: RelationFacts, word: str) -> None:
+    judged = classify(BAD, ABSENT, WAL, relation, SERVER)
+    assert judged.procedure is Procedure.REFUSE
+    assert word in judged.reason
+
+
+def test_indexes_and_maps_are_made_anew() -> None:
+    index = RelationFacts(20000, "i", "p", method="btree")
+    assert classify(BAD, ABSENT, WAL, index, SERVER).procedure is Procedure.REINDEX
+    for fork in ("fsm", "vm"):
+        assert classify(BAD, ABSENT, WAL, replace(TABLE, fork=fork), SERVER).procedure is (
+            Procedure.REBUILD_MAP
+        )
+
+
+@pytest.mark.parametrize(
+    ("server", "word"),
+    [
+        (replace(SERVER, checksums=False), "data_checksums"),
+        (replace(SERVER, full_page_writes=False), "full_page_writes"),
+        (replace(SERVER, superuser=False), "superuser"),
+        (replace(SERVER, in_recovery=True), "standby"),
+        (replace(SERVER, lax=("zero_damaged_pages",)), "zero_damaged_pages"),
+    ],
+)
+def test_servers_on_which_nothing_is_proven(server: ServerFactsForPages, word: str) -> None:
+    judged = classify(BAD, ABSENT, WAL, TABLE, server)
+    assert judged.procedure is Procedure.REFUSE
+    assert word in judged.reason
+
+
+def test_without_eviction_only_what_no_buffer_holds() -> None:
+    old = replace(SERVER, can_evict=False)
+    assert classify(OnDisk("zero"), ABSENT, WAL, TABLE, old).procedure is Procedure.REPLACE
+    judged = classify(OnDisk("zero"), InBuffers("present", zero=True), WAL, TABLE, old)
+    assert judged.procedure is Procedure.REFUSE
+    assert "restart" in judged.reason
+
+
+# --- what the WAL proves ----------------------------------------------------------------------------
+
+
+def chain(*pieces: tuple[int, str, int | None]) -> list[BlockRecord]:
+    return [
+        BlockRecord(
+            Lsn(at), Lsn(at + 50), kind, inner is not None, None if inner is None else Lsn(inner), xid=at
+        )
+        for at, kind, inner in pieces
+    ]
+
+
+def test_an_image_without_the_change_before_it_is_poison() -> None:
+    sound = chain((100, "Heap INSERT", None), (200, "Heap UPDATE", 150), (300, "Heap UPDATE", 250))
+    assert find_poison(sound) is None
+    lost = chain((100, "Heap INSERT", None), (200, "Heap UPDATE", None), (300, "Heap UPDATE", 150))
+    found = find_poison(lost)
+    assert found is not None
+    assert (found.first_after, found.stale_lsn, found.lost, found.xids) == (
+        Lsn(300), Lsn(150), (Lsn(200),), (200,),
+    )  # fmt: skip
+    zeroed = chain((100, "Heap INSERT", None), (300, "Heap UPDATE", 0))
+    found = find_poison(zeroed)
+    assert found is not None
+    assert found.stale_lsn == Lsn(0)
+    judged = classify(OnDisk("good", Lsn(350)), ABSENT, WalFacts(True, tuple(lost)), TABLE, SERVER)
+    assert judged.procedure is Procedure.ROWS
+    # Two sessions may log the same hint at once.
+    twice = chain((100, "Heap INSERT", None), (200, HINT, 150), (300, HINT, 150))
+    assert find_poison(twice) is None
+
+
+def test_images_are_proven_by_the_last_record() -> None:
+    assert proves_newest(Lsn(5100), WAL) is None
+    assert "before" in (proves_newest(Lsn(1100), WAL) or "")
+    assert "after" in (proves_newest(Lsn(50000), WAL) or "")
+    assert proves_newest(Lsn(400), WalFacts(True, (), Lsn(500))) is None
+    assert proves_newest(Lsn(600), WalFacts(True, (), Lsn(500))) is not None
+    assert proves_newest(Lsn(5100), WalFacts(False)) is not None
+
+
+records = st.lists(st.integers(1, 50), min_size=1, max_size=8, unique=True).map(sorted)
+
+
+@given(records, st.data())
+def test_a_lost_change_is_always_seen(places: list[int], data: st.DataObject) -> None:
+    """Play a page forward, with or without losing the writes since some point before an image."""
+    lsn = 0
+    history: list[BlockRecord] = []
+    lose_at = data.draw(st.one_of(st.none(), st.integers(1, len(places))))
+    for number, place in enumerate(places):
+        if lose_at == number:
+            lsn = data.draw(st.integers(0, max(history[-1].end.value - 51, 0) // 100)) * 100
+            lsn = max((r.end.value for r in history if r.end.value <= lsn), default=0)
+        image = number == lose_at or data.draw(st.booleans())
+        history.append(
+            BlockRecord(Lsn(place * 100), Lsn(place * 100 + 50), "Heap", image, Lsn(lsn) if image else None)
+        )
+        lsn = place * 100 + 50
+    found = find_poison(history)
+    if lose_at is None or lose_at >= len(places):
+        assert found is None
+    else:
+        assert found is not None
+        assert found.first_after == history[lose_at].lsn
+
+
+states = st.sampled_from(["good", "zero", "bad", "missing", "unreadable"])
+lsns = st.one_of(st.none(), st.integers(1, 9000).map(Lsn))
+
+
+@given(
+    st.builds(OnDisk, states, lsns),
+    st.builds(
+        InBuffers, st.sampled_from(["absent", "present", "unknown"]), lsns, st.booleans(), st.booleans()
+    ),
+    st.sampled_from([WAL, WalFacts(False), WalFacts(True)]),
+    st.builds(
+        ServerFactsForPages,
+        st.booleans(),
+        st.booleans(),
+        st.booleans(),
+        st.booleans(),
+        st.booleans(),
+        st.booleans(),
+    ),
+)
+def test_nothing_is_written_that_a_buffer_could_overwrite(
+    disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFactsForPages
+) -> None:
+    judged = classify(disk, buffers, wal, TABLE, server)
+    if judged.procedure is Procedure.WRITE:
+        assert buffers.state == "absent"
+        assert disk.state in ("bad", "unreadable")
+    if judged.procedure is Procedure.REPLACE:
+        assert wal.known
+        assert server.can_evict or buffers.state == "absent"
+    if judged.procedure in (Procedure.WRITE, Procedure.REPLACE, Procedure.SAVE_BUFFER):
+        assert all((server.checksums, server.full_page_writes, server.superuser))
+        assert not server.in_recovery
+    if judged.procedure is Procedure.SAVE_BUFFER:
+        assert buffers.lsn is not None
+        assert wal.known
+
+
+# --- masks ------------------------------------------------------------------------------------------
+
+
+def heap_page(infomask: int = 0x0902, rows: int = 2) -> bytes:
+    page = bytearray(8192)
+    lower, upper = 24 + 4 * rows, 8192 - 40 * rows
+    struct.pack_into("<IIHHHHHHI", page, 0, 1, 2, 0x1234, 0, lower, upper, 8192, 0x2004, 77)
+    for row in range(rows):
+        offset = 8192 - 40 * (row + 1)
+        struct.pack_into("<I", page, 24 + 4 * row, offset | 1 << 15 | 36 << 17)
+        page[offset : offset + 36] = bytes([row + 1]) * 36
+        struct.pack_into("<H", page, offset + 20, infomask)
+    return bytes(page)
+
+
+def test_masks_leave_rows_and_drop_hints() -> None:
+    page = heap_page()
+    other = bytearray(heap_page(0x0502))
+    struct.pack_into("<II", other, 0, 9, 9)
+    struct.pack_into("<HH", other, 8, 0xFFFF, 0x0005)
+    struct.pack_into("<I", other, 20, 12345)
+    other[40:60] = b"x" * 20  # between the line pointers and the rows
+    assert same(page, bytes(other))
+    other[8191 - 4 - 8] ^= 1
+    assert not same(page, bytes(other))
+    assert not same(heap_page(0x0302), heap_page(0x0102))  # frozen is no hint
+    assert masked(bytes(8192)) == bytes(8192)
+
+
+@given(st.binary(max_size=120), st.binary(max_size=60))
+def test_masks_take_any_bytes(head: bytes, tail: bytes) -> None:
+    page = (head + heap_page()[len(head) :])[: 8192 - len(tail)] + tail
+    assert len(masked(page)) == 8192
+    assert masked(masked(page)) == masked(page)
+
+
+def test_damage_in_words() -> None:
+    good = heap_page()
+    flipped = bytearray(good)
+    flipped[8150] ^= 8
+    assert describe(bytes(flipped), good) == "one bit differs, in byte 8150"
+    assert describe(bytes(8192), good) == "it is all zeros"
+    torn = good[:4096] + bytes(range(256)) * 16
+    assert describe(torn, good).startswith("torn: its last")
