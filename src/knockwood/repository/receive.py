@@ -38,7 +38,7 @@ from knockwood.repository.spool import Spool, SpoolFile
 from knockwood.repository.spool_upload import Uploader
 
 LEASE = "wal-receive"
-_POLL = 0.1
+_POLL = 0.05
 _LEASE_CHECK = 20.0
 _LASTING = (AuthenticationError, MissingPrivilegeError, ProgramsMissingError)
 

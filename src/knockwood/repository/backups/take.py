@@ -325,7 +325,7 @@ def wait_for_wal(repository: Repository, needed: WalRange, timeout: float) -> No
     """Wait until the archive covers `needed`; raises BackupIncompleteError after `timeout` seconds."""
     archive = WalArchive(repository)
     deadline = clock.monotonic() + timeout
-    pause = 0.1
+    pause = 0.02
     while True:
         inventory = archive.inventory()
         if inventory.covers(needed):

@@ -136,7 +136,12 @@ def copy_files(
             hint="take the backup through the server, or from the primary",
         )
     root = order.data_directory
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as small, OnlineBackup(order.dsn) as online:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as small,
+        OnlineBackup(order.dsn) as online,
+        # Interpreters start while the server makes its checkpoint.
+        WorkerPool(_job(order), _worth(order), check) as pool,
+    ):
         start, spaces, version = _start(online, order)
         on_start()
         plan = _Plan(small)
@@ -145,30 +150,45 @@ def copy_files(
         ):
             plan.add(member)
         tell = _teller(progress, plan.bytes)
-        # A small cluster is copied before many interpreters have started.
-        count = max(1, min(order.processes, -(-plan.bytes // _WORTH)))
-        with WorkerPool(_job(order), count, check) as pool:
-            packs = pool.run(plan.batches(), online.check, tell)
-            control = read_control_file(root)
-            stopped = online.stop()
-            _must_fit(stopped, start, control, spaces)
-            index.writelines(pool.index())
-            ends = _last_files(stopped, control)
-            last = _store_last(order, index, check, plan.folders, ends)
-            wal = WalRange(stopped.timeline, start, stopped.lsn)
-            manifest_file.writelines(
-                manifest(
-                    _entries(pool.entries(), ends, order),
-                    wal,
-                    major=order.facts.major,
-                    system_identifier=order.facts.system_identifier,
-                )
+        packs = pool.run(plan.batches(), online.check, tell)
+        control = read_control_file(root)
+        stopped = online.stop()
+        _must_fit(stopped, start, control, spaces)
+        index.writelines(pool.index())
+        ends = _last_files(stopped, control)
+        last = _store_last(order, index, check, plan.folders, ends)
+        wal = WalRange(stopped.timeline, start, stopped.lsn)
+        manifest_file.writelines(
+            manifest(
+                _entries(pool.entries(), ends, order),
+                wal,
+                major=order.facts.major,
+                system_identifier=order.facts.system_identifier,
             )
+        )
         index.flush()
     infos = tuple(TablespaceInfo(oid, place, 0) for oid, place in sorted(stopped.tablespaces.items()))
     started = BackupStarted(start, stopped.timeline, infos)
     every = tuple(sorted((*packs, *last), key=lambda pack: pack.name))
     return every, started, BackupEnded(stopped.lsn, stopped.timeline)
+
+
+def _worth(order: Order) -> int:
+    """How many processes to start: a small cluster is copied before many interpreters have started."""
+    root = order.data_directory
+    control = read_control_file(root)
+    _must_be(control, order.facts, root)
+    found, enough = 0, order.processes * _WORTH
+    for member in take_scan.scan(
+        root,
+        major=order.facts.major,
+        version_folder=f"PG_{order.facts.major}_{control.catalog_version}",
+        tablespaces=take_scan.links(root).keys(),
+    ):
+        found += member.size
+        if found >= enough:
+            break
+    return max(1, min(order.processes, -(-found // _WORTH)))
 
 
 def read_again(root: Path, path: str, offset: int, length: int) -> bytes | None:

@@ -100,7 +100,8 @@ class WorkerPool:
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         child = processes.start(
             [sys.executable, "-P", "-c", f"import {_MODULE}; {_MODULE}.main()"],
-            env={**os.environ, "PYTHONPATH": path},
+            # numpy starts a thread per core for linear algebra, which nobody does here.
+            env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             death_signal=signal.SIGKILL,

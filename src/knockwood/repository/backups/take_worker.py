@@ -171,7 +171,7 @@ def _work(orders: _Orders, out: _Lines) -> None:
         index=out,
         check=check,
         level=job.level,
-        workers=1,
+        workers=2,
         first=job.first,
         step=job.step,
     ) as writer:
