@@ -21,7 +21,7 @@ from knockwood.postgres.connection import Connection, connect
 from knockwood.postgres.server import LocalServer
 
 _LINE = re.compile(
-    r"rmgr: (\w+) +len \(rec/tot\): +\d+/ +(\d+), tx: +(\d+), lsn: ([0-9A-F/]+), prev [0-9A-F/]+, desc: (.*)"
+    r"rmgr: (\w+) +len \(rec/tot\): +\d+/ *(\d+), tx: +(\d+), lsn: ([0-9A-F/]+), prev [0-9A-F/]+, desc: (.*)"
 )
 _REL = re.compile(r"blkref #0: rel (\d+)/(\d+)/(\d+)")
 _SUBS = re.compile(r"; subxacts:((?: \d+)+)")

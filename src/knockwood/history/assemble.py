@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
-from knockwood.history.endings import Ending, File, moment
+from knockwood.history.endings import Ending, File, microseconds, moment
 from knockwood.history.store import Head, OpenTransaction, Transactions, labels_of
 from knockwood.history.summary import DELETED, IMAGE, INPLACE, INSERTED, KIND_BITS, TAKEN_BACK, UPDATED
 from knockwood.history.transaction import RelationChanges, Transaction
@@ -22,6 +23,9 @@ _STATISTICS = frozenset({2619, 2840, 3429, 3430, 3381})
 """pg_statistic and its like, with their TOAST tables: ANALYZE changes them, and no definition."""
 
 _NOTHING = Ending()
+
+_MANY = 500
+"""From so many transactions of a segment on it pays to turn its columns into lists."""
 
 
 @dataclass(slots=True)
@@ -39,22 +43,34 @@ class _Sum:
         self.counts.setdefault(file, [0] * 6)[kind] += number
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Which transactions: commit records that start from `since` on and before `until`, commit times from
+    `after` on up to and including `before` (times tie and are not in LSN order).
+
+    `filenodes` holds relation file numbers, or pairs of database and number: those that changed one of
+    them. `xid` is one that the transaction had, also as a subtransaction.
+    """
+
+    since: Lsn | None = None
+    until: Lsn | None = None
+    after: datetime | None = None
+    before: datetime | None = None
+    filenodes: Container[object] | None = None
+    xid: int | None = None
+
+
 class Assembler:
     """Takes segments in order; `carried` is what earlier ones hold of transactions that have not ended."""
 
-    def __init__(
-        self,
-        history: TimelineHistory,
-        since: Lsn | None,
-        until: Lsn | None,
-        filenodes: Container[object] | None,
-        xid: int | None,
-    ) -> None:
+    def __init__(self, history: TimelineHistory, asked: Asked) -> None:
         self._history = history
-        self._since = since.value if since is not None else 0
-        self._until = until.value if until is not None else None
-        self._filenodes = filenodes
-        self._xid = xid
+        self._since = asked.since.value if asked.since is not None else 0
+        self._until = asked.until.value if asked.until is not None else None
+        self._after = microseconds(asked.after) if asked.after is not None else None
+        self._before = microseconds(asked.before) if asked.before is not None else None
+        self._filenodes = asked.filenodes
+        self._xid = asked.xid
         self._carried: dict[int, list[tuple[int, OpenTransaction]]] = {}
         self._newest: int | None = None
 
@@ -70,21 +86,23 @@ class Assembler:
             return False
         if self._xid is not None and not head.xids[0] <= self._xid <= head.xids[1]:
             return False
+        if head.times is not None and not self._in_time(*head.times):
+            return False
         if self._filenodes is None:
             return True
         return any(map(self._wanted, head.changed)) or self._carries_wanted()
+
+    def _in_time(self, first: int, last: int) -> bool:
+        return (self._after is None or last >= self._after) and (
+            self._before is None or first <= self._before
+        )
 
     def _wanted(self, file: File) -> bool:
         asked = self._filenodes
         return asked is None or file[2] in asked or (file[1], file[2]) in asked
 
     def _carries_wanted(self) -> bool:
-        return any(
-            self._wanted(file)
-            for parts in self._carried.values()
-            for _, part in parts
-            for file in (*(change[0] for change in part.changes), *part.created)
-        )
+        return any(self._touches(part) for parts in self._carried.values() for _, part in parts)
 
     # --- segments ----------------------------------------------------------------------------------
 
@@ -105,13 +123,24 @@ class Assembler:
         for xid in [x for x in self._carried if (self._newest - x) % _ROUND >= _HALF]:
             del self._carried[xid]
 
-    def read(self, head: Head, found: Transactions) -> Iterator[Transaction]:
-        """The transactions of a segment that are asked for, in order."""
-        segment = _Segment(head, found)
-        for row in range(segment.count):
+    def read(
+        self, head: Head, found: Transactions, *, last: int | None = None, largest: int | None = None
+    ) -> Iterator[Transaction]:
+        """The transactions of a segment that are asked for, in order; only the `last`, or the `largest`."""
+        columns = found.columns
+        rows = self._candidates(head, found)
+        if last is not None:
+            rows = rows[-last:]
+        if largest is not None and len(rows) > largest:
+            sizes = self._sizes(columns)[rows]
+            rows = np.sort(rows[np.argpartition(sizes, -largest)[-largest:]])
+        chosen = set(rows.tolist())
+        segment = _Segment(head, found, many=len(chosen) > _MANY)
+        ended = _rows_of(columns, np.array(list(self._carried), np.int64)) if self._carried else rows[:0]
+        for row in sorted(chosen.union(ended.tolist())):
             xids = segment.xids(row)
             carried = [part for xid in xids for part in self._carried.pop(xid, ())]
-            if not segment.commits[row] or not self._chosen(segment, row, xids):
+            if row not in chosen:
                 continue
             made = self._made(segment, row, xids, carried)
             if self._filenodes is None or any(
@@ -120,11 +149,49 @@ class Assembler:
                 yield made
         self.skip(head)
 
-    def _chosen(self, segment: _Segment, row: int, xids: Sequence[int]) -> bool:
-        at = segment.base + segment.at[row]
-        if at < self._since or (self._until is not None and at >= self._until):
-            return False
-        return self._xid is None or self._xid in xids
+    def _candidates(self, head: Head, found: Transactions) -> NDArray[np.int64]:
+        """The rows of commits that may be asked for; what files they changed is looked at closely later."""
+        columns = found.columns
+        at = columns["end_at"] + head.segment.start.value
+        mask = (columns["end_commit"] == 1) & (at >= self._since)
+        if self._until is not None:
+            mask &= at < self._until
+        if self._after is not None:
+            mask &= columns["end_time"] >= self._after
+        if self._before is not None:
+            mask &= columns["end_time"] <= self._before
+        if self._xid is not None:
+            mask &= _marked(columns, np.array([self._xid]))
+        if self._filenodes is not None:
+            relations = [row for row, file in enumerate(head.relations) if self._wanted(file)]
+            kinds = columns["change_what"] & ((1 << KIND_BITS) - 1)
+            wanted = np.isin(columns["change_what"] >> KIND_BITS, relations)
+            wanted &= (kinds != INPLACE) & (kinds != TAKEN_BACK)
+            xids = [
+                *(xid for xid, file in found.created if self._wanted(file)),
+                *(xid for xid, parts in self._carried.items() if any(self._touches(p) for _, p in parts)),
+            ]
+            fits = _marked(columns, np.concatenate((columns["change_xid"][wanted], np.array(xids, np.int64))))
+            dropped = [row for row, one in found.details.items() if any(map(self._wanted, one.dropped))]
+            fits[dropped] = True
+            mask &= fits
+        return np.flatnonzero(mask)
+
+    def _touches(self, part: OpenTransaction) -> bool:
+        return any(map(self._wanted, (*(change[0] for change in part.changes), *part.created)))
+
+    def _sizes(self, columns: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+        """The bytes of WAL of each ending, with what earlier segments hold."""
+        known = columns["xact_xid"]
+        sums = np.zeros(len(columns["end_xid"]), np.int64)
+        if len(known):
+            xids = np.concatenate((columns["end_xid"], columns["sub_xid"]))
+            rows = np.concatenate((np.arange(len(sums)), columns["sub_row"]))
+            place = np.minimum(np.searchsorted(known, xids), len(known) - 1)
+            np.add.at(sums, rows, np.where(known[place] == xids, columns["xact_bytes"][place], 0))
+        for xid, parts in self._carried.items():
+            sums[_rows_of(columns, np.array([xid]))] += sum(part.bytes for _, part in parts)
+        return sums
 
     def _made(
         self,
@@ -133,7 +200,7 @@ class Assembler:
         xids: Sequence[int],
         carried: Sequence[tuple[int, OpenTransaction]],
     ) -> Transaction:
-        at = segment.base + segment.at[row]
+        at = segment.base + int(segment.at[row])
         total = _Sum(at)
         for base, part in carried:
             total.first = min(total.first, base + part.first)
@@ -151,8 +218,8 @@ class Assembler:
             timeline=self._history.timeline_at(Lsn(at)),
             first_lsn=Lsn(total.first),
             commit_lsn=Lsn(at),
-            end_lsn=Lsn(segment.base + segment.ends[row]),
-            commit_time=moment(segment.times[row]),
+            end_lsn=Lsn(segment.base + int(segment.ends[row])),
+            commit_time=moment(int(segment.times[row])),
             subxids=tuple(xids[1:]),
             wal_bytes=total.bytes,
             relations=relations_of(total.counts, total.created, detail),
@@ -162,28 +229,44 @@ class Assembler:
         )
 
 
-class _Segment:
-    """The columns of one segment, as Python's numbers where they are asked for one by one."""
+def _marked(columns: Mapping[str, NDArray[np.int64]], xids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which endings are of transactions that have one of the xids."""
+    mask = np.isin(columns["end_xid"], xids)
+    mask[columns["sub_row"][np.isin(columns["sub_xid"], xids)]] = True
+    return mask
 
-    def __init__(self, head: Head, found: Transactions) -> None:
+
+def _rows_of(columns: Mapping[str, NDArray[np.int64]], xids: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.flatnonzero(_marked(columns, xids))
+
+
+class _Segment:
+    """The columns of one segment: as Python's lists where `many` rows are asked for one by one."""
+
+    def __init__(self, head: Head, found: Transactions, *, many: bool) -> None:
         columns = found.columns
+
+        def ready(name: str) -> Sequence[int]:
+            column = columns[name]
+            return column.tolist() if many else column  # type: ignore[return-value]
+
+        ranges = _Ranges if many else _Searched
         self.base = head.segment.start.value
         self.relations = head.relations
         self.details = found.details
-        self.at: list[int] = columns["end_at"].tolist()
-        self.ends: list[int] = columns["end_end"].tolist()
-        self.times: list[int] = columns["end_time"].tolist()
-        self.commits: list[int] = columns["end_commit"].tolist()
-        self.count = len(self.at)
-        self._top: list[int] = columns["end_xid"].tolist()
-        self._subs = columns["sub_xid"].tolist()
-        self._sub_from: list[int] = np.searchsorted(columns["sub_row"], np.arange(self.count + 1)).tolist()
-        self._rows = _Ranges(columns["xact_xid"])
-        self._first: list[int] = columns["xact_first"].tolist()
-        self._bytes: list[int] = columns["xact_bytes"].tolist()
-        self._change_rows = _Ranges(columns["change_xid"])
-        self._what: list[int] = columns["change_what"].tolist()
-        self._number: list[int] = columns["change_count"].tolist()
+        self.at = ready("end_at")
+        self.ends = ready("end_end")
+        self.times = ready("end_time")
+        self._top = ready("end_xid")
+        self._subs = ready("sub_xid")
+        self._sub_rows = _Searched(columns["sub_row"])
+        self._no_subs = not len(columns["sub_row"])
+        self._rows = ranges(columns["xact_xid"])
+        self._first = ready("xact_first")
+        self._bytes = ready("xact_bytes")
+        self._change_rows = ranges(columns["change_xid"])
+        self._what = ready("change_what")
+        self._number = ready("change_count")
         self._labels = labels_of(head.messages)
         self._prepared = found.prepared
         self._created: dict[int, list[File]] = {}
@@ -192,16 +275,17 @@ class _Segment:
 
     def xids(self, row: int) -> list[int]:
         """The xids that end with a row: the top-level one, then its subtransactions."""
-        return [self._top[row], *self._subs[self._sub_from[row] : self._sub_from[row + 1]]]
+        top = int(self._top[row])
+        return [top] if self._no_subs else [top, *(int(self._subs[n]) for n in self._sub_rows.of(row))]
 
     def add(self, xid: int, total: _Sum) -> None:
         """Add what the segment holds of an xid."""
         for row in self._rows.of(xid):
-            total.first = min(total.first, self.base + self._first[row])
-            total.bytes += self._bytes[row]
+            total.first = min(total.first, self.base + int(self._first[row]))
+            total.bytes += int(self._bytes[row])
         for row in self._change_rows.of(xid):
-            what = self._what[row]
-            total.count(self.relations[what >> KIND_BITS], what & ((1 << KIND_BITS) - 1), self._number[row])
+            what, number = int(self._what[row]), int(self._number[row])
+            total.count(self.relations[what >> KIND_BITS], what & ((1 << KIND_BITS) - 1), number)
         total.created += self._created.get(xid, ())
         total.gid = self._prepared.get(xid) or total.gid
         total.label = self._labels.get(xid) or total.label
@@ -219,6 +303,17 @@ class _Ranges:
 
     def of(self, value: int) -> range:
         return range(*self._rows.get(value, (0, 0)))
+
+
+class _Searched:
+    """The same for few questions: nothing is prepared."""
+
+    def __init__(self, column: NDArray[np.int64]) -> None:
+        self._column = column
+
+    def of(self, value: int) -> range:
+        low, high = np.searchsorted(self._column, (value, value + 1))
+        return range(int(low), int(high))
 
 
 def relations_of(

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from knockwood.errors import ObjectDamagedError, ObjectMissingError, WrongSystemError
+from knockwood.errors import KnockwoodError, ObjectDamagedError, ObjectMissingError, WrongSystemError
 from knockwood.history import store
 from knockwood.history.pages import Bytes, Tail, read_segment
 from knockwood.history.store import Head
 from knockwood.history.summary import SegmentSummary, summarize
 from knockwood.model.wal import WalSegment
 from knockwood.repository.archive import WalArchive
+from knockwood.repository.inventory import Partial, segment_object
 from knockwood.repository.repository import Repository
 from knockwood.repository.walk import Piece
 
@@ -26,7 +27,6 @@ class Indexed:
     summary: SegmentSummary | None
     head: Head | None
     reason: str | None = None
-    stored: bool = False
 
     @property
     def final(self) -> bool:
@@ -35,6 +35,20 @@ class Indexed:
         return (
             summary is not None and summary.broken is None and not summary.zeroes and self.piece.end is None
         )
+
+
+def keep(repository: Repository, made: Indexed) -> str | None:
+    """Store a segment's index if it is final; the full name of its head.
+
+    A repository that cannot be written to can still be read: then None, and nothing is raised.
+    """
+    if not made.final or made.summary is None or made.head is None:
+        return None
+    try:
+        store.put(repository, made.summary, made.head)
+    except KnockwoodError:
+        return None
+    return repository.find(store.object_name(made.head.segment, made.head.start) + ".head")
 
 
 class Indexer:
@@ -113,20 +127,13 @@ def _replaced(repository: Repository, segment: WalSegment, piece: Piece) -> Byte
     source = archive.inventory().source(segment)
     if source is None or piece.end is None:
         raise ObjectMissingError("not in the archive", where=piece.object)
-    base = store_name(source, segment)
+    base = source.name if isinstance(source, Partial) else segment_object(segment)
     name = repository.find(base)
     if name is None:
         raise ObjectMissingError("not in the archive", where=base)
     data = bytearray(b"".join(repository.read(name)))[: piece.end - segment.start]
     data += bytes(segment.bytes - len(data))
     return np.frombuffer(data, np.uint8)
-
-
-def store_name(source: object, segment: WalSegment) -> str:
-    """The object name, without suffix, of what an inventory calls the source of a segment."""
-    from knockwood.repository.inventory import Partial, segment_object
-
-    return source.name if isinstance(source, Partial) else segment_object(segment)
 
 
 def runs_of(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:

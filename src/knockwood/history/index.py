@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from knockwood.errors import KnockwoodError, ObjectDamagedError, ObjectMissingError
+from knockwood.errors import ObjectDamagedError, ObjectMissingError
 from knockwood.history import store
-from knockwood.history.assemble import Assembler
-from knockwood.history.build import Indexed, Indexer, runs_of
-from knockwood.history.endings import File
+from knockwood.history.assemble import Asked, Assembler
+from knockwood.history.build import Indexed, Indexer, keep, runs_of
+from knockwood.history.build_pool import build_in_processes
 from knockwood.history.store import Head, Transactions
 from knockwood.history.transaction import Transaction
 from knockwood.model.proof import Commit
@@ -24,8 +24,7 @@ from knockwood.repository.walk import Piece
 Progress = Callable[[int, int], None]
 """Called with bytes of WAL indexed so far and to index in all."""
 
-RECENT = 1 << 31
-"""Half of all xids: what differs by more is of an earlier round of the counter."""
+_ALL = Asked()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +162,52 @@ class ArchiveIndex:
         `filenodes` holds relation file numbers, or pairs of database and number: transactions that
         changed one of them. `xid` asks for the transaction that had it, also as a subtransaction.
         """
-        assembler = Assembler(self._history, since, until, filenodes, xid)
+        return self.select(Asked(since, until, filenodes=filenodes, xid=xid))
+
+    def select(self, asked: Asked) -> Iterator[Transaction]:
+        """The same, asked for in one value."""
+        return self._stream(Assembler(self._history, asked))
+
+    def newest(self, limit: int, asked: Asked = _ALL) -> list[Transaction]:
+        """The newest of those asked for, at most `limit`, in order: without reading the others."""
+        found: list[Transaction] = []
+        heads = self.heads
+        end, width = len(heads), 1
+        while end > 0 and len(found) < limit:
+            begin = max(end - width, 0)
+            low = Lsn(heads[begin].start) if begin else Lsn(0)
+            high = Lsn(heads[end].start) if end < len(heads) else None
+            window = replace(
+                asked,
+                since=max(low, asked.since or low),
+                until=min((one for one in (high, asked.until) if one is not None), default=None),
+            )
+            found = [*self._stream(Assembler(self._history, window), last=limit), *found]
+            if asked.since is not None and low <= asked.since:
+                break
+            end, width = begin, width * 2
+        return found[-limit:]
+
+    def largest(self, limit: int, asked: Asked = _ALL) -> list[Transaction]:
+        """Those with the most bytes of WAL, the largest first."""
+        found: list[Transaction] = []
+        for one in self._stream(Assembler(self._history, asked), largest=limit):
+            found.append(one)
+            if len(found) > 4 * limit:
+                found = _largest(found, limit)
+        return _largest(found, limit)
+
+    def _stream(
+        self, assembler: Assembler, *, last: int | None = None, largest: int | None = None
+    ) -> Iterator[Transaction]:
         for part in self._parts:
             if part.head is None:
                 continue
             if assembler.beyond(part.head):
                 return
             if assembler.needs(part.head):
-                yield from assembler.read(part.head, self._transactions_of(part))
+                found = self._transactions_of(part)
+                yield from assembler.read(part.head, found, last=last, largest=largest)
             else:
                 assembler.skip(part.head)
 
@@ -203,6 +240,10 @@ class ArchiveIndex:
             return Transactions(summary.transactions, summary.details, summary.prepared, summary.created)
         assert part.stored is not None
         return store.read_transactions(self.repository, part.stored)
+
+
+def _largest(found: Sequence[Transaction], limit: int) -> list[Transaction]:
+    return sorted(found, key=lambda one: (-one.wal_bytes, one.commit_lsn))[:limit]
 
 
 def _pieces(route: Route, listing: Mapping[str, object]) -> Iterator[Piece]:
@@ -262,37 +303,41 @@ def _build(
                 parts[position].reason = "it is not indexed"
         return
     total = len(missing) * repository.header.segment_bytes
-    offsets: dict[int, tuple[Indexer, int]] = {}
-    begin = 0
-    for run in runs_of([part.piece for part in parts]):
-        indexer = Indexer(repository, run)
-        offsets.update({begin + n: (indexer, n) for n in range(len(run))})
-        begin += len(run)
-    for count, position in enumerate(missing):
-        part = parts[position]
-        indexer, number = offsets[position]
-        made = indexer.index(number, sizes[part.piece.object])
-        _take(repository, part, made)
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += repository.header.segment_bytes
         if progress is not None:
-            progress((count + 1) * repository.header.segment_bytes, total)
+            progress(done, total)
+
+    pieces = [part.piece for part in parts]
+    stored = build_in_processes(repository, pieces, sizes, missing, workers, advance)
+    for position, name in stored.items():
+        parts[position].head, parts[position].stored = store.read_head(repository, name), name
+    indexers: dict[int, tuple[Indexer, int]] = {}
+    begin = 0
+    for run in runs_of(pieces):
+        indexer = Indexer(repository, run)
+        indexers.update({begin + number: (indexer, number) for number in range(len(run))})
+        begin += len(run)
+    for position in missing:
+        if position in stored:
+            continue
+        part = parts[position]
+        indexer, number = indexers[position]
+        _take(part, indexer.index(number, sizes[part.piece.object]), repository)
+        advance()
 
 
-def _take(repository: Repository, part: _Part, made: Indexed) -> None:
+def _take(part: _Part, made: Indexed, repository: Repository) -> None:
     part.reason = made.reason
     if made.head is None:
         return
     part.head = made.head
-    if made.final and made.summary is not None:
-        try:
-            store.put(repository, made.summary, made.head)
-        except KnockwoodError:
-            # A repository that cannot be written to can still be read.
-            part.made = made
-            return
-        name = store.object_name(made.head.segment, made.head.start) + ".head"
-        part.stored = repository.find(name)
+    part.stored = keep(repository, made)
     if part.stored is None:
         part.made = made
 
 
-__all__ = ["ArchiveIndex", "File", "NotCovered", "Progress"]
+__all__ = ["ArchiveIndex", "Asked", "NotCovered", "Progress"]

@@ -7,6 +7,7 @@ alignment. Facts: xlog_internal.h (`XLogPageHeaderData`), xlogreader.c.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ _PAYLOAD = PAGE_BYTES - SHORT_HEADER
 _CONTINUES = 0x0001
 _OVERWRITES = 0x0008
 _HEADER_BYTES = 24
+_ZEROES = "zeroes"
+_NO_LINK = "a record does not link to the one before it"
 
 MAGICS = {0xD110: 15, 0xD113: 16, 0xD116: 17, 0xD118: 18}
 """XLOG_PAGE_MAGIC of each major version."""
@@ -59,8 +62,8 @@ class SegmentRecords:
 
     Valid from `start` (the first record's LSN; that of a record before the segment where its beginning
     was at hand) up to `end` (where the first record that does not end here begins, or the segment's end).
-    `broken` says why the WAL stops being valid at `end`; `finished` that nothing more was written from
-    there on: zeroes, or the padding after a switch.
+    `broken` says why the WAL stops being valid at `end`; `zeroes` that nothing more was written from there
+    on. The padding after a switch of segments belongs to the switch.
     """
 
     stretches: tuple[Stretch, ...]
@@ -69,7 +72,6 @@ class SegmentRecords:
     tail: Tail
     major: int | None
     broken: str | None = None
-    switched: bool = False
     zeroes: bool = False
 
 
@@ -82,6 +84,26 @@ def read_segment(raw: Bytes, segment: WalSegment, before: Tail | None) -> Segmen
     """
     reader = _Reader(raw, segment)
     return reader.read(before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What some pages hold: valid from `start` to `end`, where it is `broken` if that is not None."""
+
+    stretch: Stretch | None
+    tail: Tail
+    start: int
+    end: int
+    broken: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A buffer, its first byte's position in the segment's payload, and the LSN of its first record."""
+
+    buffer: Bytes
+    shift: int
+    lsn: int
 
 
 class _Reader:
@@ -106,7 +128,7 @@ class _Reader:
 
     def _why_cut(self, raw: Bytes) -> str:
         rest = raw[self.pages * PAGE_BYTES :]
-        return "zeroes" if not rest.any() else "a page that does not belong there"
+        return _ZEROES if not rest.any() else "a page that does not belong there"
 
     @property
     def major(self) -> int | None:
@@ -114,121 +136,95 @@ class _Reader:
 
     def read(self, before: Tail | None) -> SegmentRecords:
         if self.major is None:
-            reason = "the version that wrote this WAL is unknown" if self.pages else "no WAL page"
+            reason = "the version that wrote this WAL is unknown" if self.pages else "it holds no WAL page"
             return SegmentRecords((), self.base, self.base, Tail(None), None, reason)
-        stretches: list[Stretch] = []
-        start = end = None
+        found = [_Found(None, before or Tail(None), self.base, self.base)]
         tail = before
-        broken = None
         for first, last in self._spans():
-            found, tail, broken, begin, end = self._span(first, last, tail)
-            if start is None:
-                # Nothing lies between a segment's start and its first page's payload.
-                start = self.base if begin == self._lsn(0) else begin
-            if found is not None:
-                stretches.append(found)
-            if broken is not None:
+            found.append(self._span(first, last, tail))
+            tail = found[-1].tail
+            if found[-1].broken is not None:
                 break
-        assert start is not None
-        assert end is not None
-        assert tail is not None
-        switched = bool(stretches) and _is_switch(stretches[-1])
-        zeroes = broken == "zeroes"
-        if switched and zeroes:
-            end, broken = self.segment.end.value, None
-        elif zeroes:
-            broken = None
+        start, last_one = found[1].start, found[-1]
+        # Nothing lies between a segment's start and its first page's payload.
+        start = self.base if start == self._lsn(0) else start
+        stretches = tuple(one.stretch for one in found if one.stretch is not None)
+        zeroes = last_one.broken == _ZEROES
+        switched = zeroes and bool(stretches) and _is_switch(stretches[-1])
         return SegmentRecords(
-            tuple(stretches), start, end, tail, self.major, broken, switched, zeroes and not switched
+            stretches=stretches,
+            start=start,
+            end=self.segment.end.value if switched else last_one.end,
+            tail=last_one.tail,
+            major=self.major,
+            broken=None if zeroes else last_one.broken,
+            zeroes=zeroes and not switched,
         )
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         """Page ranges; each but the first begins where a server overwrote what it had not finished."""
         marks = np.flatnonzero(self.infos[: self.pages] & _OVERWRITES)
         borders = [0, *(int(page) for page in marks if page), self.pages]
-        yield from zip(borders, borders[1:], strict=False)
+        yield from itertools.pairwise(borders)
 
-    def _span(
-        self, first: int, last: int, before: Tail | None
-    ) -> tuple[Stretch | None, Tail, str | None, int, int]:
-        """Records of some pages: stretch, tail, why it ends early, from where and up to where it is valid."""
+    def _span(self, first: int, last: int, before: Tail | None) -> _Found:
+        """The records of some pages."""
         low, high = _size(first), _size(last)
         payload = self.payload[low:high]
         continues = bool(self.infos[first] & _CONTINUES)
         remaining = int(self.remaining[first])
-        previous = before.previous if before is not None else None
+        at = self._lsn(low)
         if self.infos[first] & _OVERWRITES:
             # The link of the record that follows leads past the one that was given up: not compared.
-            previous, before = None, None
-        begun = before.begun if before is not None else None
-        at = self._lsn(low)
-        skip = 0
-        if begun is not None and before is not None:
-            wanted = int(begun[:4].view("<u4")[0]) - len(begun)
+            before = None
+        if before is not None and before.begun is not None and before.lsn is not None:
+            wanted = int(before.begun[:4].view("<u4")[0]) - len(before.begun)
             if not continues or remaining != wanted:
-                return None, Tail(None), "a record that began before does not go on here", at, at
-            buffer = np.concatenate((begun, payload))
-            at = before.lsn if before.lsn is not None else at
-            shift = low - len(begun)
+                return _Found(None, Tail(None), at, at, "a record that began before does not go on here")
+            begun = before.begun
+            place = _Place(np.concatenate((begun, payload)), low - len(begun), before.lsn)
         else:
-            if continues:
-                if before is not None:
-                    return None, Tail(None), "it goes on with a record that did not begin before", at, at
-                skip = min(-(-remaining // 8) * 8, len(payload))
-            buffer = payload[skip:]
-            shift = low + skip
-            at = self._lsn(shift)
+            if continues and before is not None:
+                return _Found(None, Tail(None), at, at, "it goes on with a record that did not begin before")
+            skip = min(-(-remaining // 8) * 8, len(payload)) if continues else 0
             if skip and skip == len(payload):
                 # All of it is the middle of a record whose beginning is not at hand.
                 end = self._end(low + skip)
-                return None, Tail(None), None, end, end
-        return self._records(buffer, shift, at, previous, last == self.pages)
+                return _Found(None, Tail(None), end, end)
+            place = _Place(payload[skip:], low + skip, self._lsn(low + skip))
+        cut = self.cut if last == self.pages else ""
+        return self._records(place, before.previous if before is not None else None, cut)
 
-    def _records(
-        self, buffer: Bytes, shift: int, at: int, previous: int | None, is_last: bool
-    ) -> tuple[Stretch | None, Tail, str | None, int, int]:
+    def _records(self, place: _Place, previous: int | None, cut: str) -> _Found:
+        buffer = place.buffer
         starts, stop, length = _chain(buffer)
-        lsns = self._lsns(starts + shift)
-        lsns[:1] = at
-        tails = np.append(starts[1:], stop) if len(starts) else starts
-        ends = self._ends(tails + shift)
-        broken = None
-        links = np.frombuffer(buffer, np.int64)[(starts >> 3) + 1] if len(starts) else lsns
-        wrong = np.flatnonzero(links[1:] != lsns[:-1])
-        good = len(starts)
-        if len(wrong):
-            good = int(wrong[0]) + 1
-            broken = "a record does not link to the one before it"
-        if good and previous is not None and int(links[0]) != previous:
-            good, broken = 0, "a record does not link to the one before it"
-        if broken is not None:
-            end = int(lsns[good]) if good < len(lsns) else at
-            stretch = _cut(Stretch(buffer, starts, lsns, ends), good)
-            return stretch, Tail(None), broken, at, end
-        stretch = Stretch(buffer, starts, lsns, ends) if len(starts) else None
-        last = int(lsns[-1]) if len(lsns) else previous
-        end = at if not len(starts) and stop == 0 else self._lsn(stop + shift)
+        lsns = self._lsns(starts + place.shift)
+        lsns[:1] = place.lsn
+        ends = self._ends(np.append(starts[1:], stop)[: len(starts)] + place.shift)
+        whole = Stretch(buffer, starts, lsns, ends)
+        wrong = _first_wrong_link(whole, previous)
+        if wrong is not None:
+            end = int(lsns[wrong])
+            return _Found(_cut(whole, wrong), Tail(None), place.lsn, end, _NO_LINK)
+        stretch = whole if len(starts) else None
+        last = int(lsns[-1]) if len(starts) else previous
+        end = place.lsn if stop == 0 else self._lsn(stop + place.shift)
         if stop == len(buffer):
-            ended = self._end(stop + shift)
-            if is_last and self.cut:
-                return stretch, Tail(last), self.cut, at, ended
-            return stretch, Tail(last), None, at, ended
-        if length == 0:
-            why = "zeroes" if not buffer[stop:].any() else "a record has no length"
-            if why == "zeroes" and good and not sound(buffer[starts[-1] : stop]):
-                # What was cut in the middle of it and filled with zeroes has its length and its link.
-                torn = _cut(Stretch(buffer, starts, lsns, ends), good - 1)
-                return torn, Tail(None), why, at, int(lsns[-1])
-            return stretch, Tail(last), why, at, end
-        if length < _HEADER_BYTES:
-            return stretch, Tail(last), "a record is shorter than its header", at, end
-        if is_last and self.cut:
-            # The end of a partial segment lies inside a record.
-            return stretch, Tail(last), self.cut, at, end
+            return _Found(stretch, Tail(last), place.lsn, self._end(stop + place.shift), cut or None)
         rest = buffer[stop:]
+        if length == 0 and not rest.any():
+            if len(starts) and not sound(buffer[starts[-1] : stop]):
+                # What was cut in the middle of it and filled with zeroes has its length and its link.
+                return _Found(_cut(whole, len(starts) - 1), Tail(None), place.lsn, int(lsns[-1]), _ZEROES)
+            return _Found(stretch, Tail(last), place.lsn, end, _ZEROES)
+        if length < _HEADER_BYTES:
+            return _Found(stretch, Tail(last), place.lsn, end, "a record is shorter than its header")
+        if cut:
+            # The end of a partial segment lies inside a record.
+            return _Found(stretch, Tail(last), place.lsn, end, cut)
         if last is not None and len(rest) >= 16 and int(rest[8:16].view("<i8")[0]) != last:
-            return stretch, Tail(last), "a record does not link to the one before it", at, end
-        return stretch, Tail(last, end, rest.copy()), None, at, end
+            return _Found(stretch, Tail(last), place.lsn, end, _NO_LINK)
+        return _Found(stretch, Tail(last, end, rest.copy()), place.lsn, end)
 
     # --- positions in the payload and in the WAL ----------------------------------------------------
 
@@ -278,7 +274,7 @@ def _size(pages: int) -> int:
 
 def _chain(buffer: Bytes) -> tuple[Ints, int, int]:
     """The starts of whole records, where the first that is not whole begins, and the length it says."""
-    words = memoryview(np.ascontiguousarray(buffer).view("<u4"))
+    words: memoryview[int] = memoryview(buffer.view("<u4").data)
     count = len(words)
     found: list[int] = []
     append = found.append
@@ -294,11 +290,23 @@ def _chain(buffer: Bytes) -> tuple[Ints, int, int]:
     return np.array(found, np.int64) << 2, at << 2, length
 
 
+def _first_wrong_link(stretch: Stretch, previous: int | None) -> int | None:
+    """The row of the first record whose prev-link is not the record before; None if all are right."""
+    if not len(stretch.starts):
+        return None
+    links = stretch.buffer.view("<i8")[(stretch.starts >> 3) + 1]
+    if previous is not None and int(links[0]) != previous:
+        return 0
+    wrong = np.flatnonzero(links[1:] != stretch.lsns[:-1])
+    return int(wrong[0]) + 1 if len(wrong) else None
+
+
 def _is_switch(stretch: Stretch) -> bool:
     if not len(stretch.starts):
         return False
     last = int(stretch.starts[-1])
-    return bool(stretch.buffer[last + 16] & 0xF0 == 0x40 and stretch.buffer[last + 17] == 0)
+    info, manager = int(stretch.buffer[last + 16]), int(stretch.buffer[last + 17])
+    return info & 0xF0 == 0x40 and manager == 0
 
 
 def _cut(stretch: Stretch, count: int) -> Stretch:

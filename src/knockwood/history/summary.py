@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -144,11 +144,11 @@ class _Maker:
             known = np.arange(low, high + 1)
             xid = xid - low
         sums = np.bincount(xid, weights=size, minlength=len(known)).astype(np.int64)
-        first = np.zeros(len(known), np.int64)
+        begin = np.zeros(len(known), np.int64)
         # Backwards, so that what is written last is the first record's.
-        first[xid[::-1]] = at.take(chosen)[::-1]
+        begin[xid[::-1]] = at.take(chosen)[::-1]
         there = np.flatnonzero(sums)
-        self._xacts.append((known[there], first[there], sums[there]))
+        self._xacts.append((known[there], begin[there], sums[there]))
 
     def _changes_of(self, rows: Records, references: References, numbers: Ints) -> None:
         """Tuples inserted, updated and deleted, per xid and relation."""
@@ -171,7 +171,7 @@ class _Maker:
         chosen = np.flatnonzero(many)
         if len(chosen):
             place = rows.main.take(chosen) + 2
-            tuples = rows.buffer[place].astype(np.int64) | rows.buffer[place + 1].astype(np.int64) << 8
+            tuples: Ints = rows.buffer[place].astype(np.int64) | rows.buffer[place + 1].astype(np.int64) << 8
             inserted = np.full(len(chosen), INSERTED, np.int64)
             self._note(_key(rows.xid.take(chosen), relation.take(chosen), inserted), tuples)
 
@@ -213,8 +213,8 @@ class _Maker:
         chosen = np.flatnonzero(rows.manager == records.XACT)
         operation = rows.info.take(chosen) & endings.OPERATION_MASK
         for row in chosen[operation == endings.PREPARE]:
-            xid, gid = endings.parse_prepare(rows.data(int(row)))
-            self._prepared[xid] = gid
+            top, gid = endings.parse_prepare(rows.data(int(row)))
+            self._prepared[top] = gid
         commits = (operation == endings.COMMIT) | (operation == endings.COMMIT_PREPARED)
         aborts = (operation == endings.ABORT) | (operation == endings.ABORT_PREPARED)
         ends = np.flatnonzero(commits | aborts)
@@ -327,8 +327,7 @@ class _Numbered:
         if missing.any():
             self._learn(references, key, np.flatnonzero(missing))
             place = np.searchsorted(self._keys, key)
-        numbers = self._numbers.take(place)
-        return numbers
+        return self._numbers.take(place)
 
     def _learn(self, references: References, key: NDArray[np.uint64], rows: Ints) -> None:
         fresh, first = np.unique(key[rows], return_index=True)
@@ -370,17 +369,11 @@ def _first(rows: Records, count: int) -> Records:
     """The first records of a stretch."""
     kept = np.flatnonzero(rows.references.record < count)
     whole = rows.references
-    references = References(
-        *(
-            getattr(whole, name).take(kept)
-            for name in ("record", "id", "flags", "tablespace", "database", "filenode", "block")
-        )
-    )
-    return Records(
-        rows.buffer, *(getattr(rows, name)[:count] for name in ("start", "lsn", "end", "length")),
-        *(getattr(rows, name)[:count] for name in ("xid", "info", "manager", "main", "main_bytes")),
-        references, None,
-    )  # fmt: skip
+    names = [field.name for field in fields(References)]
+    references = References(*(getattr(whole, name)[kept] for name in names))
+    cut = ("start", "lsn", "end", "length", "xid", "info", "manager", "main", "main_bytes")
+    columns: dict[str, Any] = {name: getattr(rows, name)[:count] for name in cut}
+    return Records(buffer=rows.buffer, references=references, bad=None, **columns)
 
 
 def _joined(parts: list[tuple[Ints, Ints, Ints]], width: int) -> list[Ints]:
