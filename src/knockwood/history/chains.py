@@ -71,7 +71,10 @@ class Chains:
     def insert(self, new: Place, lsn: int = 0, xid: int = 0) -> None:
         self._at[new] = self._begin(NOWHERE, new, lsn, xid)
 
-    def update(self, old: Place, new: Place) -> None:
+    def insert_somewhere(self, block: int, lsn: int, xid: int) -> None:
+        """Rows were put into a block at offsets that are not known: of no use for chains."""
+
+    def update(self, old: Place, new: Place, lsn: int = 0, xid: int = 0) -> None:
         number = self._at.pop(old, None)
         if number is None:
             number = self._begin(old, new, 0, 0)

@@ -100,11 +100,12 @@ def touched(
     *,
     limit: int = ROW_LIMIT,
     only: Callable[[FileId], bool] = lambda file: True,
+    new_file: Callable[[], TouchedFile] = lambda: TouchedFile(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Touched:
     """Decode the WAL of committed transactions of one history (several are taken as one).
 
-    `only` leaves out files. Raises RefusedError above `limit` rows, ObjectMissingError where the archive
+    `only` leaves out files, `new_file` makes what takes a file's changes. Raises RefusedError above `limit` rows, ObjectMissingError where the archive
     lacks WAL, ProgramFailedError where it is damaged. `progress` gets WAL bytes done and in all.
     """
     if not transactions:
@@ -114,7 +115,7 @@ def touched(
     start = min(transaction.first_lsn for transaction in transactions)
     end = last.commit_lsn
     xids = frozenset[int]().union(*(transaction.xids for transaction in transactions))
-    decoder = Decoder(xids, limit=limit, only=only)
+    decoder = Decoder(xids, limit=limit, only=only, new_file=new_file)
     options = _filters(programs)
     if len(xids) == 1:
         options.append(f"--xid={next(iter(xids))}")
@@ -200,11 +201,13 @@ class Decoder:
         *,
         limit: int = ROW_LIMIT,
         only: Callable[[FileId], bool] = lambda file: True,
+        new_file: Callable[[], TouchedFile] = lambda: TouchedFile(),
     ) -> None:
         self.result = Touched(xids)
         self._names = frozenset(str(xid).encode() for xid in xids)
         self._limit = limit
         self._only = only
+        self._new_file = new_file
         self._rows = 0
 
     def take(self, block: bytes, until: int = 1 << 64) -> None:
@@ -250,7 +253,7 @@ class Decoder:
             return
         found = self.result.files.get(file)
         if found is None:
-            found = self.result.files[file] = TouchedFile()
+            found = self.result.files[file] = self._new_file()
         before = len(found.chains) + found.vague_rows
         change(found, text, block, lsn, xid, init)
         self._rows += len(found.chains) + found.vague_rows - before
@@ -278,7 +281,7 @@ def _update(found: TouchedFile, text: bytes, block: int, lsn: int, xid: int, ini
     # Block reference 0 is where the new version is, 1 where the old one was, unless it is the same page.
     source = _SOURCE.search(text)
     old = place(int(source[1]) if source else block, _number(_OLD, text))
-    found.chains.update(old, place(block, _number(_NEW, text)))
+    found.chains.update(old, place(block, _number(_NEW, text)), lsn, xid)
 
 
 def _delete(found: TouchedFile, text: bytes, block: int, lsn: int, xid: int, init: bool) -> None:
@@ -302,6 +305,7 @@ def _multi_insert(found: TouchedFile, text: bytes, block: int, lsn: int, xid: in
     else:
         found.vague.add(block)
         found.vague_rows += count
+        found.chains.insert_somewhere(block, lsn, xid)
         return
     for number in numbers:
         found.chains.insert(place(block, number), lsn, xid)
