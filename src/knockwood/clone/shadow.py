@@ -41,7 +41,7 @@ from knockwood.repository.archive import WalArchive
 from knockwood.repository.onward import Bounds, newest_timeline, onward
 from knockwood.repository.repository import Repository
 from knockwood.repository.route import Reach, Route
-from knockwood.repository.targets import RestorePlan
+from knockwood.repository.targets import RestorePlan, WalPiece
 
 LOCK: Final = "shadow.lock"
 _CLONE: Final = "clone"
@@ -159,7 +159,7 @@ class Shadow:
         """
         if self.record is not None:
             raise RefusedError("there is a shadow already", where=str(self.folder))
-        self._require_allowed(plan)
+        self.require_allowed(plan)
         require_room(self.root, plan)
         moment = clock.now()
         sockets = Path(tempfile.gettempdir()) / f"kw-{self._tag()}"
@@ -190,7 +190,7 @@ class Shadow:
         """
         assert self.record is not None
         clone = self._attached()
-        self._require_allowed(plan)
+        self.require_allowed(plan)
         clone._settle()
         stand = self.record.stand
         assert stand is not None
@@ -216,10 +216,11 @@ class Shadow:
         """The plan to stand up where it stands: at the end of a backup there is no commit to aim at."""
         if plan.target_lsn is not None:
             return needed(clone, plan)
-        redo, stop = redo_position(clone), self.record.chain[-1].stop_lsn if self.record else Lsn(0)
-        found = onward(clone.repository, redo, Bounds(stop, stop + 1), clone.programs, timeline=plan.timeline)
-        pieces = (p for p in plan.wal if p.segment.end > redo)
-        return replace(plan, wal=found.pieces or tuple(pieces), histories=found.histories)
+        route = Route(WalArchive(self.repository).inventory(), plan.timeline)
+        pieces = route.pieces(redo_position(clone), plan.backup.stop_lsn)
+        wal = tuple(WalPiece(segment, partial.name if partial else None) for segment, partial in pieces)
+        histories = tuple(step[0] for step in route.path if step[0] in route.inventory.histories)
+        return replace(plan, wal=wal, histories=histories)
 
     def next_plan(self, until: datetime | None = None) -> tuple[RestorePlan | None, Reach]:
         """The plan to the newest commit it may go on to (none later than `until`), and where whole WAL ends.
@@ -287,6 +288,13 @@ class Shadow:
         good = self.record.good if proof.verdict is Verdict.BROKEN else self.record.stand
         self._write(replace(self.record, proof=proof, good=good))
 
+    def standing(self) -> Lent:
+        """The clone, paused where it stands; started if it is down."""
+        clone = self._attached()
+        if not clone.server.running:
+            self.go(clone.plan)
+        return clone
+
     def remove(self) -> None:
         """Remove the shadow; the holds stay."""
         if self.lent is not None:
@@ -324,7 +332,8 @@ class Shadow:
         route = Route(WalArchive(self.repository).inventory(), plan.timeline)
         return route.holds(self.record.timeline, self.position)
 
-    def _require_allowed(self, plan: RestorePlan) -> None:
+    def require_allowed(self, plan: RestorePlan) -> None:
+        """Raise RefusedError if the plan's target lies past a hold."""
         bound = self.holds.bound()
         if bound is None:
             return

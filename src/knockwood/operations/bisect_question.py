@@ -74,7 +74,7 @@ def question(
             "say one thing to look for",
             hint="knockwood bisect --invariant NAME, or --check NAME, or --sql 'select ... the bad rows'",
         )
-    home = database or _database_of(cluster.dsn)
+    home = database or database_of(cluster.dsn)
     limit = timeout or timedelta(minutes=5)
     if sql is not None:
         if not sql.strip().rstrip(";").strip():
@@ -94,11 +94,11 @@ def _of_invariant(cluster: Cluster, name: str, database: str | None, limit: time
         listed = ", ".join(sorted(known)) or "none"
         raise UsageError(f"no invariant is called {name!r}", hint=f"the settings hold: {listed}")
     found = known[name]
-    home = database or found.database or _database_of(cluster.dsn)
+    home = database or found.database or database_of(cluster.dsn)
     return Question("invariant", name, found.sql, home, limit)
 
 
-def _database_of(dsn: str) -> str:
+def database_of(dsn: str) -> str:
     try:
         words = conninfo.conninfo_to_dict(dsn)
     except psycopg.Error:
@@ -152,8 +152,7 @@ def _findings(asked: Question, clone: Clone, cluster: Cluster) -> Seen:
         cluster=cluster.name,
         repository=clone.repository,
         invariants=tuple(
-            replace(each, database=each.database or _database_of(cluster.dsn))
-            for each in cluster.invariants()
+            replace(each, database=each.database or database_of(cluster.dsn)) for each in cluster.invariants()
         ),
     )
     if report.findings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from knockwood.clone.spawn import spawn
 from knockwood.errors import KnockwoodError, RepositoryError
@@ -11,6 +12,7 @@ from knockwood.integrity.registry import select
 from knockwood.integrity.run import CheckProgress, Report, run_checks
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.examination import examine
+from knockwood.operations.shadow import hold_findings
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, resolve
 
@@ -30,6 +32,7 @@ def check(
 
     Heavy checks run on a clone restored from the repository to the last commit, unless `here` asks for
     them on the server itself. Without a repository, or when no clone can be made, they are not checked.
+    Damage found holds the cluster's shadow, if it has one.
     Raises UsageError for an unknown name, and PostgresError when the server cannot be reached at all.
     """
     wanted = list(names)
@@ -43,7 +46,11 @@ def check(
         results += run_checks(subject, on_server, progress=progress).results
     if on_clone:
         results += _on_clone(cluster, repository, on_clone, progress)
-    return Report(tuple(results))
+    report = Report(tuple(results))
+    # A shadow whose folder cannot be written to cannot go on either: then there is nothing to hold.
+    with suppress(KnockwoodError):
+        hold_findings(cluster, report.findings)
+    return report
 
 
 def _repository(cluster: Cluster) -> Repository | None:

@@ -97,6 +97,20 @@ class ProofSettings(_Table):
     clones: Path | None = None
 
 
+class ShadowSettings(_Table):
+    """A clone that follows the repository. `behind` is how far it stays behind, `every` when it goes on.
+
+    `checks` None means every light check that a clone can answer; they run `check_every` at most.
+    """
+
+    enabled: bool = False
+    folder: Path | None = None
+    behind: Duration = timedelta(minutes=5)
+    every: Duration = timedelta(minutes=1)
+    check_every: Duration = timedelta(minutes=15)
+    checks: list[str] | None = None
+
+
 class InvariantSettings(_Table):
     """A query that returns the rows that break it."""
 
@@ -125,6 +139,7 @@ class ClusterSettings(_Table):
     backup: BackupSettings = BackupSettings()
     wal: WalSettings = WalSettings()
     proof: ProofSettings = ProofSettings()
+    shadow: ShadowSettings = ShadowSettings()
     invariant: list[InvariantSettings] = []
     application: list[ApplicationSettings] = []
 

@@ -48,12 +48,22 @@ _COMMANDS: Final = {
         "Plan the smallest safe repair of what the checks find, show it, and with --apply carry it out.",
     ),
     "diff": ("diff:diff", "Show what a transaction, or all of a range, did to rows, column by column."),
+    "bisect": ("bisect:bisect", "Find the first commit at which a rule, a check or any SQL turns bad."),
+    "shadow run": (
+        "shadow:run",
+        "Keep a clone that follows the repository, in the foreground until Ctrl-C.",
+    ),
+    "shadow status": ("shadow:status", "Where the shadow stands, what was proved of it, what holds it."),
+    "shadow hold": ("shadow:hold", "Keep the shadow from replaying past an LSN."),
+    "shadow release": ("shadow:release", "Let the shadow go on past a hold."),
+    "shadow remove": ("shadow:remove", "Remove the shadow and its holds."),
     "expire": ("expire:expire", "Show, and with --apply remove, what the settings no longer keep."),
     "drill list": ("drill:list_drills", "List the scenarios."),
     "drill run": ("drill:run_drills", "Play the scenarios named, and print their scorecards."),
 }
 _GROUPS: Final = {
     "wal": "WAL into the repository and back.",
+    "shadow": "A clone that follows the repository, at hand for proofs and repairs.",
     "drill": "Outages on purpose, in a sandbox of their own.",
 }
 
