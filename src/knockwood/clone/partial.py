@@ -188,7 +188,8 @@ def spawn_for(
 ) -> Clone:
     """A clone on which `relations` can be read: a partial one, or where that is not safe a whole one.
 
-    A whole one says why in `whole_because`. It may be promoted if PostgreSQL cannot pause at the target.
+    A whole one says why in `whole_because`. Either way what a transaction in progress at the target has locked
+    can be read at once. A whole one may be promoted if PostgreSQL cannot pause at the target.
     """
     options: dict[str, Any] = {
         "purpose": purpose,
@@ -216,7 +217,7 @@ def spawn_for(
         except (RefusedError, PostgresError, ProgramFailedError, ObjectMissingError) as error:
             reason = error.what
             break
-    clone = spawn(repository, plan, **options)
+    clone = spawn(repository, plan, free_of_locks=True, **options)
     clone.whole_because = reason
     return clone
 

@@ -42,6 +42,7 @@ _DEFAULT_SPACE, _GLOBAL_SPACE = 1663, 1664
 _MANAGERS: Final = {
     b"XLOG": 0,
     b"Storage": 2,
+    b"Standby": 8,
     b"Heap2": 9,
     b"Heap": 10,
     b"Btree": 11,
@@ -93,6 +94,8 @@ class WalFilter:
     segment_bytes: int
     present: frozenset[Locator]
     absent: frozenset[Locator]
+    options: tuple[str, ...] = ()
+    """Filters for pg_waldump, where only some records are looked at."""
     created: dict[Locator, int] = field(default_factory=dict)
     """Relations made by the WAL, whole in it, with the place of the record that makes them."""
     unexplained: dict[Locator, int] = field(default_factory=dict)
@@ -132,7 +135,7 @@ class WalFilter:
         cache: dict[bytes, Locator] = {}
         position = b""
         with closing(Patcher(self.folder, timeline, self.segment_bytes)) as patcher:
-            for block in reader.blocks([], start, end, complaints.append):
+            for block in reader.blocks(self.options, start, end, complaints.append):
                 for rmgr, size, position, text in _LINE.findall(block):
                     self.scanned += 1
                     manager = _MANAGERS.get(rmgr)
@@ -148,6 +151,10 @@ class WalFilter:
     def _concerns_absent(self, rmgr: bytes, text: bytes, lsn: bytes, cache: dict[bytes, Locator]) -> bool:
         if rmgr == b"Storage":
             return self._storage(text, parse_lsn(lsn))
+        if rmgr == b"Standby":
+            # A transaction in progress at the target (such as the DROP that is to be undone) would lock
+            # its relations for whoever reads here, and nobody can end it. Nobody reads during replay.
+            return text.startswith(b"LOCK")
         if rmgr == b"XLOG" and not text.startswith(b"FPI"):
             return False
         names = _REFERENCE.findall(text)
@@ -195,6 +202,11 @@ class WalFilter:
                 f"the WAL copies a whole database by its files (to {copied[1].decode()}),"
                 " which a clone of some relations does not have"
             )
+
+
+def lock_filter(programs: Programs, folder: Path, segment_bytes: int) -> WalFilter:
+    """A filter that silences nothing but the locks of transactions in progress, for a whole clone."""
+    return WalFilter(programs, folder, segment_bytes, frozenset(), frozenset(), ("--rmgr=Standby",))
 
 
 class Patcher:

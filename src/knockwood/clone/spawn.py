@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from knockwood.clone import goal as goals
 from knockwood.clone.goal import Goal
+from knockwood.clone.partial_wal import WalFilter, lock_filter
 from knockwood.clone.recovery import Recovery, UnreadableError
 from knockwood.clone.registry import Entry, Registry, sign
 from knockwood.clone.spool import Spool, refuse_new_tablespaces
@@ -64,6 +65,7 @@ class Clone:
     reached_lsn: Lsn = field(default_factory=lambda: Lsn(0))
     promoted: bool = False
     timings: Timings = field(default_factory=Timings)
+    lock_filter: WalFilter | None = None
     whole_because: str = ""
     """Why this is a clone of everything where one of some relations was asked for."""
 
@@ -108,7 +110,8 @@ class Clone:
         """Fetch the plan's WAL and histories, and refuse WAL that would write outside of the clone."""
         began = clock.monotonic()
         archive = WalArchive(self.repository)
-        needed = len(self.spool.missing(plan.wal)) * archive.segment_bytes
+        missing = self.spool.missing(plan.wal)
+        needed = len(missing) * archive.segment_bytes
         files.require_space(self.workspace.root, needed + min(needed, _REPLAY_WAL) + _MARGIN, "the WAL")
         self.spool.fetch_histories(archive, plan.histories)
         self.spool.fetch(archive, plan.wal, workers=workers, progress=progress)
@@ -119,6 +122,11 @@ class Clone:
             plan.backup.start_lsn,
             plan.target_lsn or plan.backup.stop_lsn,
         )
+        if self.lock_filter is not None:
+            start = plan.backup.start_lsn
+            if self.lock_filter.reached is not None:
+                start = min([self.lock_filter.reached, *(piece.segment.start for piece in missing)])
+            self.lock_filter.apply([piece.segment for piece in plan.wal], start, None)
         self.timings.wal = clock.monotonic() - began
 
     def replay(self, progress: Report | None = None) -> Lsn:
@@ -269,14 +277,16 @@ def spawn(
     unreadable: Unreadable = "promote",
     workers: int = 4,
     registry: Registry | None = None,
+    free_of_locks: bool = False,
 ) -> Clone:
     """Restore the plan into a throw-away cluster that stands paused at the plan's target.
 
     `into` is a folder that does not exist or is empty; by default one of the registry's. `settings`
     beat the clone's own (such as shared_preload_libraries, empty otherwise). `unreadable` says what
     happens where PostgreSQL cannot pause: a promoted, read-only clone of the same data, or UnreadableError.
-    Clones of dead processes are removed first. Raises NoSpaceError before anything is written,
-    RecoveryFailedError if the target was not reached.
+    With `free_of_locks` also relations that a transaction in progress there had locked (a DROP or TRUNCATE
+    about to commit) can be read; otherwise reading them waits for ever. Clones of dead processes are removed
+    first. Raises NoSpaceError before anything is written, RecoveryFailedError if the target was not reached.
     """
     programs = programs or find_programs(plan.backup.major)
     registry = registry or Registry()
@@ -287,6 +297,8 @@ def spawn(
         workspace = Workspace(entry.record.root, account or privileges.server_account())
         clone = make(repository, plan, workspace, programs, entry.record.socket_directory, unreadable)
         clone.entry = entry
+        if free_of_locks:
+            clone.lock_filter = lock_filter(programs, clone.spool.folder, plan.backup.segment_bytes)
         require_room(workspace.root, plan)
         workspace.create(lambda: sign(entry.record))
     except BaseException:

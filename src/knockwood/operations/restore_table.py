@@ -13,6 +13,8 @@ from knockwood.clone.spawn import Clone
 from knockwood.errors import ObjectDamagedError, RefusedError
 from knockwood.host import clock, files, processes
 from knockwood.model import Lsn
+from knockwood.postgres.binaries import Programs, find_programs
+from knockwood.postgres.connection import Connection, connect, translated, with_words
 from knockwood.recover.table_definition import (
     TableDefinition,
     TableName,
@@ -21,8 +23,6 @@ from knockwood.recover.table_definition import (
     pin,
     read_definition,
 )
-from knockwood.postgres.binaries import Programs, find_programs
-from knockwood.postgres.connection import Connection, connect, translated, with_words
 from knockwood.repository.backups.model import Progress
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import RestorePlan, Target, resolve
