@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Final
 from knockwood.errors import HostError, RefusedError
 from knockwood.host import clock, files, privileges, processes
 from knockwood.model.recovery import Outcome, Step, StepResult
+from knockwood.postgres.control_file import CONTROL_FILE
 from knockwood.recover.cluster_swap import (
     Identity,
     Places,
@@ -44,14 +46,15 @@ class RestoreInPlace:
 
     def run(self, step: Step, journal: StepJournal) -> StepResult:
         data, old = _begun(Path(step.arguments["data_directory"]), journal)
-        places = Places.of(data, journal.plan_id)
+        places = Places.of(data, journal.folder.name)
         began = clock.monotonic()
-        if "restored" not in journal.notes:
+        if self._outdated(places, old, journal):
             self._stop(data)
+            state = _state(data)
             self.salvage(data)
             told = self.restore(places.new, places.tablespaces)
             adopted = adopt_configuration(data, places.new)
-            journal.note("restored", {"detail": told, "configuration": adopted})
+            journal.note("restored", {"detail": told, "configuration": adopted, "of": state})
         if "swapped" not in journal.notes:
             self._swap(places, old)
             journal.note("swapped", True)
@@ -76,7 +79,7 @@ class RestoreInPlace:
         if "data" not in journal.notes:
             return StepResult(step.kind, step.title, Outcome.ROLLED_BACK, "nothing had been done")
         data, old = _begun(Path(step.arguments["data_directory"]), journal)
-        places = Places.of(data, journal.plan_id)
+        places = Places.of(data, journal.folder.name)
         if not swapped(places, old):
             with files.translated(places.new):
                 files.remove_tree(places.new)
@@ -91,6 +94,13 @@ class RestoreInPlace:
         return StepResult(
             step.kind, step.title, Outcome.ROLLED_BACK, detail, evidence=(str(places.rolled_back),)
         )
+
+    def _outdated(self, places: Places, old: Identity, journal: StepJournal) -> bool:
+        """Whether there is nothing restored yet, or the old server has run since and may have taken commits."""
+        restored = journal.notes.get("restored")
+        if restored is None:
+            return True
+        return Identity.of(places.data) == old and _state(places.data) != restored["of"]
 
     def _stop(self, data: Path) -> None:
         if processes.working_in(data):
@@ -124,12 +134,20 @@ def _begun(data: Path, journal: StepJournal) -> tuple[Path, Identity]:
     real = require_swappable(data)
     identity = Identity.of(real)
     assert identity is not None
-    places = Places.of(real, journal.plan_id)
+    places = Places.of(real, journal.folder.name)
     for path in (places.new, places.old, places.rolled_back, places.tablespaces):
         if path.exists():
             raise RefusedError("a folder of that name is there already", where=str(path))
     journal.note("data", {"path": str(real)} | identity.as_json())
     return real, identity
+
+
+def _state(data: Path) -> str:
+    """A digest of pg_control: every start and every checkpoint of a server changes it."""
+    try:
+        return hashlib.sha256((data / CONTROL_FILE).read_bytes()).hexdigest()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
 
 
 def _require_stopped(data: Path) -> None:

@@ -55,9 +55,9 @@ class Places:
     tablespaces: Path
 
     @classmethod
-    def of(cls, data: Path, plan: str) -> Places:
+    def of(cls, data: Path, execution: str) -> Places:
         def named(word: str) -> Path:
-            return data.with_name(f"{data.name}.{word}-{plan}")
+            return data.with_name(f"{data.name}.{word}-{execution}")
 
         return cls(data, named("new"), named("old"), named("rolled-back"), named("tablespaces"))
 

@@ -1,0 +1,159 @@
+"""The whole cluster restored in place: nothing that was committed is lost, and the old one is kept."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fix_cli import CommandLine, command_line
+from knockwood.postgres.connection import connect
+from knockwood.postgres.server import SUPERUSER, LocalServer
+
+if TYPE_CHECKING:
+    from knockwood.postgres.binaries import Programs
+
+
+@pytest.fixture
+def line(
+    request: pytest.FixtureRequest,
+    shared_folder: Path,
+    templates: Callable[[int, int], Path],
+    installations: dict[int, Programs],
+) -> Iterator[CommandLine]:
+    major = getattr(request, "param", 18)
+    if major not in installations:
+        pytest.skip(f"PostgreSQL {major} is not installed")
+    with command_line(shared_folder, templates(major, 1), installations[major]) as made:
+        made.in_process = True
+        made.init()
+        made.edit("user=knockwood", f"user={SUPERUSER}")
+        made.execute("create table t (a int primary key)")
+        made.execute("insert into t values (1)")
+        made("backup")
+        yield made
+
+
+def started(line: CommandLine) -> LocalServer:
+    """The server again, as its user would start it."""
+    server = LocalServer(line.server.programs, line.server.data_directory, account=line.server.account)
+    server.start()
+    return server
+
+
+def rows(server: LocalServer) -> list[int]:
+    with connect(server.dsn()) as connection:
+        return [row[0] for row in connection.execute("select a from t order by a")]
+
+
+def ruin(line: CommandLine) -> None:
+    """Transaction status is gone: every row of the table is in doubt, and no page of it is damaged."""
+    status = line.server.data_directory / "pg_xact" / "0000"
+    status.write_bytes(bytes(status.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [18, pytest.param(15, marks=pytest.mark.slow), pytest.param(17, marks=pytest.mark.slow)],
+    indirect=True,
+)
+def test_everything_committed_is_back(line: CommandLine) -> None:
+    data = line.server.data_directory
+    with (data / "postgresql.conf").open("a") as file:
+        file.write("cluster_name = 'shop'\n")
+    line.execute("insert into t values (2)")
+    shown = line("recover", "--in-place", status=2)
+    [step] = shown["plan"]["steps"]
+    assert step["kind"] == "restore-in-place"
+    assert shown["plan"]["expected_loss"]["transactions"] == 0
+    assert rows(line.server) == [1, 2]
+
+    # No receiver has run since the backup: the last commit is in pg_wal alone.
+    line.execute("insert into t values (3)")
+    ruin(line)
+    done = line("recover", "--in-place", "--approve", shown["plan"]["id"], status=2)
+    [result] = done["recovery"]["results"]
+    assert result["outcome"] == "done", result
+    claims = {claim["name"]: claim["verdict"] for claim in done["recovery"]["claims"]}
+    assert claims["page checksums of the restored cluster"] == "held"
+    assert not (data / "postmaster.pid").exists()
+    kept = Path(result["values"]["kept"])
+    assert (kept / "PG_VERSION").exists()
+    assert not any((kept / "pg_xact" / "0000").read_bytes())
+    server = started(line)
+    try:
+        assert rows(server) == [1, 2, 3]
+        with connect(server.dsn()) as connection:
+            connection.execute("insert into t values (4)")
+            assert connection.execute("show cluster_name").fetchone() == ("shop",)
+            assert connection.execute("show archive_mode").fetchone() == ("off",)
+    finally:
+        server.stop("fast")
+
+
+def test_a_server_that_is_down_already(line: CommandLine) -> None:
+    line.execute("insert into t values (2)")
+    line.server.kill()
+    deadline = time.monotonic() + 60
+    while True:
+        shown = line("recover", "--in-place", status=2)
+        assert [gap["check"] for gap in shown["not_checked"]] == ["server"]
+        done = line("recover", "--in-place", "--apply", status=2 if time.monotonic() < deadline else 0)
+        if done["recovery"]["results"][0]["outcome"] == "done":
+            break
+        line("recover", "--roll-back", status=1)  # children of the killed server were still there
+    server = started(line)
+    try:
+        assert rows(server) == [1, 2]
+    finally:
+        server.stop("fast")
+
+
+def test_back_to_before_a_mistake_and_back_again(line: CommandLine) -> None:
+    """To an LSN before a DELETE; a run killed while it restores is rolled back: the old cluster, untouched."""
+    line.execute("insert into t values (2)")
+    [(lsn,)] = line.execute("select pg_current_wal_insert_lsn()::text")
+    line.execute("delete from t")
+    line("backup")  # archives the WAL up to here
+    words = ("recover", "--in-place", "--to", str(lsn))
+    shown = line(*words, status=2)
+    assert shown["plan"]["expected_loss"]["transactions"] is None
+    line.in_process = False
+    child = line.start(*words, "--apply", "--json")
+    data = line.server.data_directory
+    while not list(data.parent.glob("data.new-*")):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    line.in_process = True
+    [left] = line("recover", "--check", "sequences", status=2)["unfinished"] or [None]
+    assert left["steps_done"] == 0
+    rolled = line("recover", "--roll-back", status=1)
+    assert rolled["recovery"]["results"][0]["outcome"] == "rolled_back"
+    assert sorted(path.name for path in data.parent.iterdir() if path.name.startswith("data.")) == [
+        "data.log"
+    ]
+
+    server = started(line)
+    assert rows(server) == []
+    server.stop("fast")
+    done = line(*words, "--apply", status=2)
+    assert done["recovery"]["results"][0]["outcome"] == "done"
+    server = started(line)
+    try:
+        assert rows(server) == [1, 2]
+    finally:
+        server.stop("fast")
+
+
+def test_no_room_or_no_such_target(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    line.fails(4, "KW200", "recover", "--in-place", "--to", "F/0", "--apply")
+    answer: dict[str, Any] = line("recover", "--in-place", "--to", "F/0", status=2)
+    assert answer["plan"]["steps"] == []
+    assert answer["plan"]["refused"]
+    assert rows(line.server) == [1]
