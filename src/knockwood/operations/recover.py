@@ -84,9 +84,12 @@ def propose(
     gaps: tuple[NotChecked, ...] = ()
     if problem:
         gaps += (NotChecked("repository", problem),)
+    looking = not asked.in_place or bool(list(names))
     if subject is None:
         gaps += (NotChecked("server", down),)
-    elif findings is None and not (asked.in_place and not list(names)):
+    elif findings is None and not looking:
+        gaps += (NotChecked("findings", "no check was asked for"),)
+    elif findings is None:
         report = check(cluster, names, heavy=heavy, here=here, progress=progress)
         report = _with_lost_writes(cluster, report, progress)
         gaps += report.not_checked
@@ -200,10 +203,18 @@ class _Run:
             pages = PageRepairs(self.cluster, self.repository)
             self._closing.append(pages.close)
             found += pages.handlers
+        if IN_PLACE in kinds:
+            from knockwood.operations.recover_whole import in_place
+
+            found.append(in_place(self.cluster, self.repository, self.plan))
         return tuple(found)
 
     def verify(self) -> tuple[Claim, ...]:
         """The checks that found the damage, and the invariants, asked again."""
+        if any(step.kind == IN_PLACE for step in self.plan.steps):
+            from knockwood.operations.recover_whole import claims_offline
+
+            return claims_offline(self.cluster, self.plan)
         claims = list(_checked_again(self.cluster, self.plan, self._here, self._progress))
         if any(step.kind in _PAGE_STEPS for step in self.plan.steps):
             from knockwood.operations.page_repair import verify_pages
@@ -239,8 +250,6 @@ def _checked_again(cluster: Cluster, plan: Plan, here: bool, progress: OnCheck |
     names = {finding.check for finding in plan.heals}
     if cluster.invariants():
         names.add("invariants")
-    if any(step.kind == IN_PLACE for step in plan.steps):
-        names = names or {"page_checksums", "segment_files", "transaction_status"}
     if not names:
         return
     try:
@@ -268,6 +277,10 @@ def _notes(plan: Plan, recovery: Recovery, record: str | None) -> Iterator[str]:
         yield "it has not come to its end: knockwood recover --resume, or --roll-back"
         return
     kinds = {result.kind for result in recovery.results}
+    if IN_PLACE in kinds and recovery.complete:
+        yield "start the server as you always do, then look again: knockwood check"
+        yield "replication slots are gone with the old cluster: standbys and receivers need theirs anew"
+        yield "once all is well, remove the old cluster's folder yourself"
     if kinds & {"repair-pages", IN_PLACE}:
         yield "take a new full backup now: knockwood backup (a repaired page is in no WAL)"
     elif recovery.complete:

@@ -145,12 +145,12 @@ def _whole(cluster: Cluster, repository: Repository | None, wish: Wish) -> Whole
     if repository is None:
         return None
     latest = isinstance(wish.target, Latest)
-    loss = ExpectedLoss(
-        None,
-        None,
-        "what the archive does not hold when the server is stopped; nothing, if it can still be received"
+    loss = (
+        ExpectedLoss(
+            0, 0, "nothing: what the stopped server's pg_wal has and the archive lacks is archived first"
+        )
         if latest
-        else f"everything committed after {wish.target_text}",
+        else ExpectedLoss(None, None, f"everything committed after {wish.target_text}")
     )
     words: dict[str, Any] = {"target": wish.target_text, "ordered": wish.in_place, "rows_back": not latest}
     folder = cluster.settings.data_directory

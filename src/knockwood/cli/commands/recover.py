@@ -80,7 +80,8 @@ def recover(
             wish=wish,
             progress=on_check,
         )
-    if not (apply or approve is not None) or (not proposal.findings and not proposal.plan.steps):
+    nothing = not (proposal.findings or proposal.plan.steps or proposal.plan.refused)
+    if nothing or not (apply or approve is not None):
         return Answer(_proposal_values(proposal), lambda c: _show_proposal(c, proposal), proposal.verdict)
     with _progress(common.json) as told:
         done = operation.execute(
