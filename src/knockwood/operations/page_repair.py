@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
+from knockwood.clone.partial import RelationKey, spawn_for
 from knockwood.clone.registry import Registry
-from knockwood.clone.spawn import Clone, spawn
-from knockwood.errors import RefusedError
-from knockwood.host import clock
+from knockwood.clone.spawn import Clone
+from knockwood.errors import KnockwoodError, RefusedError
 from knockwood.integrity.check import Budget, Subject
 from knockwood.integrity.relation_files import require_own_folder
-from knockwood.model import Claim, Lsn, Verdict, worst
-from knockwood.model.recovery import Outcome, Plan, Step, StepResult
+from knockwood.model import Lsn
+from knockwood.model.recovery import Outcome, Step, StepResult
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.freshness import bring_up_to_date
 from knockwood.operations.page_repair_plan import (
@@ -31,16 +31,18 @@ from knockwood.operations.page_repair_plan import (
     pages_of,
     plan_pages,
 )
-from knockwood.postgres.connection import connect, with_words
+from knockwood.operations.page_repair_verify import verify_pages
+from knockwood.operations.shadow import warm_clone
+from knockwood.postgres.connection import connect, translated, with_words
 from knockwood.recover import pages_facts as facts
 from knockwood.recover import rows
 from knockwood.recover.execute import Handler
-from knockwood.recover.indexes import mend_indexes, reindex, verify_indexes
+from knockwood.recover.indexes import mend_indexes, reindex
 from knockwood.recover.journal import StepJournal
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, UnprovenError, good_images
 from knockwood.recover.pages_maps import rebuild_map
-from knockwood.recover.pages_session import Patience, session
+from knockwood.recover.pages_session import Patience
 from knockwood.recover.pages_write import OutdatedError, Repaired, repair, standbys
 from knockwood.recover.plan.pages import Procedure
 from knockwood.repository.backups.model import Progress
@@ -60,24 +62,21 @@ __all__ = [
     "verify_pages",
 ]
 
-Spawner = Callable[[RestorePlan, Target], Clone]
 _NEW_CLONES = 3
 
 
 @dataclass(slots=True)
 class PageRepairs:
-    """What the steps of one plan share: the server as subject, and a clone per backup, made when first asked.
+    """What the steps of one plan share: the server as subject, and a clone per table, made when first asked.
 
-    As a context manager it destroys the clones at the end. `spawner` makes a clone on which the target's
-    files are whole; the default restores all of the backup.
+    As a context manager it destroys the clones at the end.
     """
 
     cluster: Cluster
     repository: Repository
-    spawner: Spawner | None = None
     patience: Patience = field(default_factory=Patience)
     progress: Callable[[Progress], None] | None = None
-    _clones: dict[str, Clone] = field(default_factory=dict)
+    _clones: dict[tuple[str, int], Clone] = field(default_factory=dict)
     _subject: Subject | None = None
 
     @property
@@ -101,49 +100,74 @@ class PageRepairs:
         """Asks a clone of this backup, made or made anew as needed, for images."""
 
         def ask(target: Target, blocks: Collection[int]) -> Good:
-            clone = self._clones.get(backup)
+            key = (backup, target.owner_oid)
+            clone = self._clones.get(key)
             if clone is None:
-                clone = self._clones[backup] = self._spawn(backup, target)
+                clone = self._clones[key] = self.clone_at(backup, target)
+            whole = type(clone) is Clone  # others are shared or not complete: never opened for writes
             try:
-                return good_images(self.subject, clone, target, blocks)
-            except UnprovenError:
-                self.forget(backup)
+                try:
+                    return good_images(self.subject, clone, target, blocks, may_promote=whole)
+                except UnprovenError:
+                    if whole:
+                        raise
+                    self._move_on(clone, backup, target)
+                    return good_images(self.subject, clone, target, blocks, may_promote=False)
+            except KnockwoodError:
+                self.forget(backup, target)
                 raise
 
         return ask
 
-    def forget(self, backup: str) -> None:
-        """Destroy the clone of a backup: the next one stands at a later point."""
-        clone = self._clones.pop(backup, None)
+    def forget(self, backup: str, target: Target) -> None:
+        """Destroy the clone of a backup that holds the target: the next one stands at a later point."""
+        clone = self._clones.pop((backup, target.owner_oid), None)
         if clone is not None:
             clone.destroy()
 
-    def _spawn(self, backup: str, target: Target) -> Clone:
-        return self.clone_at(backup, target, lambda plan: plan)
+    def clone_at(
+        self,
+        backup: str,
+        target: Target,
+        at: Callable[[RestorePlan], RestorePlan] = lambda plan: plan,
+    ) -> Clone:
+        """A clone with the target's table, at the point that `at` makes of the plan to the newest commit.
 
-    def clone_at(self, backup: str, target: Target, at: Callable[[RestorePlan], RestorePlan]) -> Clone:
-        """A clone of the backup, at the point that `at` makes of the plan to the newest commit."""
+        From the shadow where that can give one, else of the table alone, else of the whole backup.
+        """
+        plan = at(self._newest(backup, target))
+        registry = Registry(self.cluster.settings.proof.clones)
+        warm = warm_clone(self.cluster, self.repository, plan, registry=registry, wait=2)
+        if warm is not None:
+            return warm
+        return spawn_for(
+            self.repository,
+            plan,
+            [RelationKey(target.database, oid=target.owner_oid)],
+            programs=self.cluster.programs(plan.backup.major),
+            purpose="page repair",
+            progress=self.progress,
+            registry=registry,
+        )
+
+    def _newest(self, backup: str, target: Target) -> RestorePlan:
         # A commit now makes everything before it part of the newest state of the archive.
         facts.flush_wal(self.subject, target.database)
         fresh = bring_up_to_date(self.cluster, self.repository)
         if not fresh.complete:
             raise RefusedError(fresh.detail, hint="keep `knockwood wal receive` running, and try again")
-        plan = at(resolve(self.repository, Latest(), backup=backup, programs_for=self.cluster.programs))
-        if self.spawner is not None:
-            return self.spawner(plan, target)
-        return spawn(
-            self.repository,
-            plan,
-            programs=self.cluster.programs(plan.backup.major),
-            purpose="page repair",
-            progress=self.progress,
-            unreadable="fail",
-            registry=Registry(self.cluster.settings.proof.clones),
-        )
+        return resolve(self.repository, Latest(), backup=backup, programs_for=self.cluster.programs)
+
+    def _move_on(self, clone: Clone, backup: str, target: Target) -> None:
+        """Have a clone that cannot be promoted write what is in its buffers: it may once it has replayed a
+        checkpoint of the server."""
+        with connect(self.subject.dsn, application_name="knockwood repair") as connection, translated():
+            connection.execute("checkpoint")
+        clone.advance(self._newest(backup, target))
 
     def close(self) -> None:
-        for backup in list(self._clones):
-            self.forget(backup)
+        while self._clones:
+            self._clones.popitem()[1].destroy()
 
     def __enter__(self) -> Self:
         return self
@@ -225,7 +249,7 @@ class _Pages:
                     patience=context.patience,
                 )
             except OutdatedError:
-                context.forget(words["backup"])
+                context.close()
                 if attempt == _NEW_CLONES - 1:
                     raise
         raise AssertionError
@@ -352,61 +376,3 @@ class _Reindex:
 
     def roll_back(self, step: Step, journal: StepJournal) -> StepResult:
         return _nothing_to_undo(step, journal, "the old index was damaged; the new one is right")
-
-
-# --- afterwards -----------------------------------------------------------------------------------
-
-
-def verify_pages(cluster: Cluster, repository: Repository, plan: Plan) -> tuple[Claim, ...]:
-    """Ask again: the pages on disk, the rows of the repaired relations, and their indexes against them.
-
-    Reads the repaired relations whole, nothing else.
-    """
-    subject = cluster.subject(Budget(), repository=repository)
-    claims: list[Claim] = []
-    tables: set[tuple[str, int]] = set()
-    for step in plan.steps:
-        words = step.arguments
-        if step.kind in (REPAIR, ROWS, MAPS, REINDEX):
-            tables.add((words["database"], words["oid"]))
-    for database, oid in sorted(tables):
-        claims += _verified(subject, database, oid)
-    return tuple(claims)
-
-
-def _verified(subject: Subject, database: str, oid: int) -> list[Claim]:
-    with session(subject, database, ("amcheck",)) as tools:
-        target = facts.target_of(tools.connection, database, oid)
-        count = facts.length(tools.connection, target)
-        problems = _bad_on_disk(subject, target, count)
-        found = tools.verify_heap(target, 0, count - 1) if count and target.kind in ("r", "t", "m") else []
-    claims = [
-        Claim(
-            f"pages of {target.name}",
-            Verdict.BROKEN if problems else Verdict.HELD,
-            "; ".join(problems[:5]) or f"{count} pages on disk hold",
-        ),
-        Claim(
-            f"rows of {target.name}",
-            Verdict.NOT_CHECKED if found is None else Verdict.BROKEN if found else Verdict.HELD,
-            "amcheck is not installed" if found is None else "; ".join(found[:5]),
-        ),
-    ]
-    indexes = verify_indexes(subject, database, oid)
-    told = [f"{each.index.name}: {each.detail}" for each in indexes if each.verdict is not Verdict.HELD]
-    verdict = worst(each.verdict for each in indexes) if indexes else Verdict.HELD
-    claims.append(Claim(f"indexes of {target.name} against its rows", verdict, "; ".join(told[:5])))
-    return claims
-
-
-def _bad_on_disk(subject: Subject, target: Target, count: int) -> list[str]:
-    problems = []
-    for block in range(count):
-        seen = facts.on_disk(facts.read_page(subject, target.path, block), block, count)
-        if seen.state not in ("good", "zero"):
-            # Half-written pages settle within a moment; a page not written yet is no fault.
-            clock.sleep(0.05)
-            seen = facts.on_disk(facts.read_page(subject, target.path, block), block, count)
-        if seen.state in ("bad", "unreadable"):
-            problems.append(f"block {block}: {seen.reason}")
-    return problems

@@ -21,7 +21,11 @@ from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_session import Patience, session
 from knockwood.recover.plan.pages import RelationFacts, segment_of, segment_path
 
-_VACUUM = {"vm": "disable_page_skipping, truncate off", "fsm": "truncate off"}
+# Indexes are left alone: one of them may be damaged too.
+_VACUUM = {
+    "vm": "disable_page_skipping, truncate off, index_cleanup off",
+    "fsm": "truncate off, index_cleanup off",
+}
 
 
 def rebuild_map(
