@@ -75,6 +75,12 @@ def zero_block(data_directory: Path, path: str, block: int) -> Change:
     return _write_block(data_directory, "zero_block", path, block, bytes(BLOCK))
 
 
+def torn_block(data_directory: Path, path: str, block: int, image: bytes) -> Change:
+    """A torn write: the second half of the page is that of another image (of `read_block`)."""
+    page = read_block(data_directory, path, block)
+    return _write_block(data_directory, "torn_block", path, block, page[: BLOCK // 2] + image[BLOCK // 2 :])
+
+
 def stale_block(data_directory: Path, path: str, block: int, image: bytes) -> Change:
     """A lost write: an image from before (of `read_block`) is on disk again, its checksum valid."""
     return _write_block(data_directory, "stale_block", path, block, image)

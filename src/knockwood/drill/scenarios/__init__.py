@@ -6,10 +6,13 @@ import difflib
 
 from knockwood.drill.scenarios.base import Scenario
 from knockwood.drill.scenarios.corrupt_table import CORRUPT_TABLE
+from knockwood.drill.scenarios.faulty_disk import FAULTY_DISK
 from knockwood.drill.scenarios.rogue_script import ROGUE_SCRIPT
 from knockwood.errors import UsageError
 
-SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for scenario in (CORRUPT_TABLE, ROGUE_SCRIPT)}
+SCENARIOS: dict[str, Scenario] = {
+    scenario.name: scenario for scenario in (CORRUPT_TABLE, ROGUE_SCRIPT, FAULTY_DISK)
+}
 
 
 def find_scenario(name: str) -> Scenario:

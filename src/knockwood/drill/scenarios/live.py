@@ -11,6 +11,7 @@ from knockwood.drill.scorecard import Gate
 from knockwood.drill.story import Kind, Story
 from knockwood.drill.witness import altered
 from knockwood.drill.workload import totals_present
+from knockwood.errors import PostgresError
 from knockwood.model import Finding, Proof, Recovery, Verdict
 from knockwood.operations import recover
 from knockwood.operations.proving import prove_cluster
@@ -56,7 +57,8 @@ def tell_results(story: Story, done: Repaired) -> None:
         story.say(
             Kind.DONE if done.recovery.complete else Kind.FAILED,
             f"{result.title}: {str(result.outcome).replace('_', ' ')} in {result.seconds:.2f} s,"
-            f" writers waited {result.blocked_seconds:.2f} s",
+            f" writers waited {result.blocked_seconds:.2f} s"
+            + ("" if done.recovery.complete else f": {result.detail}"),
         )
     story.say(
         Kind.PROVED if done.recovery.verdict is Verdict.HELD else Kind.FAILED,
@@ -81,15 +83,19 @@ def prove_live(box: Sandbox, story: Story) -> Proof:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What the running shop holds of what its customers were promised."""
+    """What the running shop holds of what its customers were promised; all of it is lost where it cannot be read."""
 
     promised: int
     lost: int
-    changed: int
+    changed: int = 0
+    unreadable: str = ""
 
     @property
     def all(self) -> bool:
-        return self.lost == 0 and self.changed == 0
+        return self.lost == 0 and self.changed == 0 and not self.unreadable
+
+    def __str__(self) -> str:
+        return self.unreadable or f"{self.lost + self.changed} of {self.promised}"
 
 
 def ask_witness(box: Sandbox, story: Story) -> Kept:
@@ -97,11 +103,15 @@ def ask_witness(box: Sandbox, story: Story) -> Kept:
     box.workload.stop()
     promises = box.witness.promises()
     doubtful = frozenset(entry.token for entry in box.witness.notes("doubt"))
-    wrong = altered(promises, totals_present(box.dsn), doubtful)
-    kept = Kept(len(promises), missing(promises, box.dsn), len(wrong))
+    try:
+        wrong = altered(promises, totals_present(box.dsn), doubtful)
+        kept = Kept(len(promises), missing(promises, box.dsn), len(wrong))
+    except PostgresError as error:
+        kept = Kept(len(promises), len(promises), unreadable=f"production cannot be read: {error}")
     story.say(
         Kind.PROVED if kept.all else Kind.FAILED,
-        f"the witness: {kept.promised:,} commits promised to clients, {kept.lost} missing in production,"
+        kept.unreadable
+        or f"the witness: {kept.promised:,} commits promised to clients, {kept.lost} missing in production,"
         f" {kept.changed} with another total",
     )
     counters = box.workload.counters
@@ -119,6 +129,6 @@ def live_gates(repaired: Repaired, kept: Kept, proof: Proof) -> tuple[Gate, ...]
     told = str(recovery.verdict) if recovery else "; ".join(repaired.proposal.plan.refused) or "nothing done"
     return (
         gate("repaired in place", complete, told),
-        gate("no acknowledged commit lost", kept.all, f"{kept.lost} of {kept.promised}"),
+        gate("no acknowledged commit lost", kept.all, str(kept)),
         gate("production proved", proof.verdict is Verdict.HELD, str(proof.verdict)),
     )
