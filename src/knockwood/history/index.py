@@ -113,8 +113,10 @@ class ArchiveIndex:
             return ()
         path = self._history.path()
         found: list[NotCovered] = []
-        position = self._parts[0].piece.segment.start
-        reason = "it begins with a record whose beginning is not in the archive"
+        first = self._parts[0]
+        # The end of a record that began before all WAL there is: the archive begins after it.
+        position = Lsn(first.head.start) if first.head is not None else first.piece.segment.start
+        reason = ""
         for part in self._parts:
             segment = part.piece.segment
             begin = Lsn(part.head.start) if part.head is not None else segment.end

@@ -39,6 +39,8 @@ _COMMANDS: Final = {
         "restore:restore",
         "Restore a cluster, or one table, beside the running one, complete or not at all.",
     ),
+    "log": ("history:log", "List transactions from the archive: when, how much, which tables they changed."),
+    "mark": ("history:mark", "Say what happens now (a release), so that the log shows it where it happened."),
     "revert": (
         "revert:revert",
         "Take transactions back, keep what came after them: the plan, and with --apply its execution.",

@@ -225,6 +225,15 @@ def _remove_wal(repository: Repository, plan: ExpiryPlan) -> None:
         name = info.name.rsplit("/", 1)[-1].split(".", 1)[0]
         if name in doomed and not info.name.startswith("wal/partial/"):
             repository.storage.delete(info.name)
+    _remove_derived(repository)
     for partial in plan.remove_partials:
         if (stored := repository.find(partial)) is not None:
             repository.storage.delete(stored)
+
+
+def _remove_derived(repository: Repository) -> None:
+    """Remove the history's index of segments that are gone, also of those an earlier, killed run removed."""
+    kept = {info.name.rsplit("/", 1)[-1].split(".", 1)[0] for info in repository.storage.list("wal/")}
+    for info in list(repository.storage.list("history/index/")):
+        if info.name.rsplit("/", 1)[-1].split(".", 1)[0] not in kept:
+            repository.storage.delete(info.name)
