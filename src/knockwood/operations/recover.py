@@ -21,6 +21,7 @@ from knockwood.recover.execute import Handler, StepProgress, Unfinished
 from knockwood.recover.journal import Journal, folders
 from knockwood.recover.plan.decide import decide
 from knockwood.recover.plan.offer import Offer
+from knockwood.recover.plan.table import KIND as RESTORE_TABLE
 from knockwood.repository.repository import Repository
 
 FOLDER: Final = "recoveries/"
@@ -101,6 +102,8 @@ def propose(
         from knockwood.operations import recover_offers
 
         offers, others = recover_offers.page_offers(cluster, repository, found, known)
+        rows, more = recover_offers.row_offers(cluster, found, known)
+        offers, others = [*offers, *rows], (*others, *more)
     plan = decide(found, known, offers)
     if others:
         plan = replace(plan, alternatives=(*plan.alternatives, *others))
@@ -203,6 +206,18 @@ class _Run:
             pages = PageRepairs(self.cluster, self.repository)
             self._closing.append(pages.close)
             found += pages.handlers
+        if RESTORE_TABLE in kinds:
+            from knockwood.operations.restore_table_in_place import table_handler
+
+            found.append(table_handler(self.repository, self.cluster.dsn, programs_for=self.cluster.programs))
+        if "revert" in kinds:
+            from knockwood.operations import revert
+
+            found.append(revert.handler(self.cluster))
+        if "restore-table" in kinds:
+            from knockwood.operations.restore_table_in_place import table_handler
+
+            found.append(table_handler(self.repository, self.cluster.dsn, programs_for=self.cluster.programs))
         if IN_PLACE in kinds:
             from knockwood.operations.recover_whole import in_place
 
@@ -220,6 +235,10 @@ class _Run:
             from knockwood.operations.page_repair import verify_pages
 
             claims += _attempt("pages again", lambda: verify_pages(self.cluster, self.repository, self.plan))
+        if any(step.kind == "revert" for step in self.plan.steps):
+            from knockwood.operations import revert
+
+            claims += _attempt("rows again", lambda: revert.verify(self.cluster, self.plan))
         return tuple(claims)
 
     def keep(self, name: str, recovery: Recovery) -> None:

@@ -46,6 +46,33 @@ def page_offers(
     return [*offers, *_of_plan(plan, named)], plan.alternatives
 
 
+def row_offers(
+    cluster: Cluster, findings: Sequence[Finding], known: Situation
+) -> tuple[list[Offer], tuple[Alternative, ...]]:
+    """Taking back the transactions that the operator named, for rows that are wrong.
+
+    That it heals them is tried, not known: the revert holds the invariants before it commits, and the checks
+    are asked again afterwards.
+    """
+    wrong = [finding for finding in findings if classify(finding, known).kind is Kind.ROWS]
+    if not wrong or not known.xids:
+        return [], ()
+    title = f"take back {', '.join(map(str, known.xids))}, and keep what came later"
+    heals = frozenset(key(finding) for finding in wrong)
+    from knockwood.operations import revert
+
+    try:
+        proposal = revert.propose(cluster, revert.Wish(known.xids))
+    except KnockwoodError as error:
+        return [Offer(Rank.ROW_REVERT, Turn.ROWS, title, heals, refused=str(error))], ()
+    plan = proposal.plan
+    refused = None
+    if not plan.steps:
+        refused = "; ".join(plan.refused) or "every row is as it was before them"
+    offer = Offer(Rank.ROW_REVERT, Turn.ROWS, title, heals, plan.steps, plan.expected_loss, refused=refused)
+    return [offer], plan.alternatives
+
+
 def _of_map(finding: Finding) -> bool:
     return finding.check == "visibility_map" and finding.location.file is not None
 
