@@ -174,11 +174,11 @@ def test_changes_that_the_archive_has_lost_too(new_server: ServerFactory) -> Non
         assert [step.kind for step in plan.steps] == ["replace-rows"], plan.as_json()
         # Somebody changes one of the rows: that is theirs to decide. (The indexes lie by now.)
         slowly = "set enable_indexscan = off; set enable_bitmapscan = off;"
-        site.sql(f"{slowly} update account set name = 'mine' where id = 7")
+        site.sql(f"{slowly} update account set owner = 99 where id = 7")
         recovery = site.execute(plan)
         assert recovery.results[-1].outcome is Outcome.REFUSED
         assert "('7',)" in recovery.results[-1].detail
-        site.sql(f"{slowly} update account set name = 'n7' where id = 7")
+        site.sql(f"{slowly} update account set owner = 7 where id = 7")
         mend(site, plan)
         now = site.sql("select string_agg(a::text, ',' order by id) from account a")
         assert now == expected + ",(301,since,11)"
