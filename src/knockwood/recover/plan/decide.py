@@ -62,7 +62,7 @@ def decide(findings: Iterable[Finding], situation: Situation, offers: Sequence[O
         steps=_steps(chosen),
         expected_loss=_loss(chosen),
         heals=tuple(damage.finding for damage in damages if key(damage.finding) in healed),
-        alternatives=_alternatives(everything if ordered else candidates, chosen, situation),
+        alternatives=_alternatives(everything if ordered else candidates, chosen, situation, bool(damages)),
         refused=(
             *(f"{offer.title}: {offer.refused}" for offer in candidates if ordered and offer.refused),
             *_refusals(damages, healed, candidates, situation),
@@ -145,7 +145,7 @@ def _loss(chosen: Iterable[Offer]) -> ExpectedLoss:
 
 
 def _alternatives(
-    candidates: Iterable[Offer], chosen: Sequence[Offer], situation: Situation
+    candidates: Iterable[Offer], chosen: Sequence[Offer], situation: Situation, damaged: bool
 ) -> tuple[Alternative, ...]:
     found = [
         Alternative(
@@ -158,7 +158,7 @@ def _alternatives(
         for offer in candidates
         if offer not in chosen
     ]
-    return tuple(found + whole.alternatives(situation, bool(chosen)))
+    return tuple(found + (whole.alternatives(situation, bool(chosen)) if damaged else []))
 
 
 def _why_not(offer: Offer, chosen: Sequence[Offer]) -> str:
