@@ -40,7 +40,10 @@ def bring_up_to_date(cluster: Cluster, repository: Repository, timeout: float = 
     except PostgresError as error:
         return Freshness(None, False, f"the live server does not answer, the archive alone counts: {error}")
     timeline = position.history.timeline
-    segment = WalSegment.containing(timeline, promised, repository.header.segment_bytes)
+    # The last byte promised: after a switch the position is the start of a segment with nothing in it.
+    segment = WalSegment.containing(
+        timeline, Lsn(max(promised.value - 1, 0)), repository.header.segment_bytes
+    )
     tail = WalRange(timeline, min(segment.start, promised), promised)
     try:
         with wal_arriving(cluster, repository, also_beside_push=True):

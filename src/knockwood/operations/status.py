@@ -119,7 +119,9 @@ def _behind(cluster: Cluster, repository: Repository, now: datetime) -> tuple[fl
         timeline = receive_server.identify(cluster.dsn).history.timeline
     except PostgresError as error:
         return None, f"the server does not answer: {error}"
-    start = WalSegment.containing(timeline, promised, repository.header.segment_bytes).start
+    # The last byte promised: after a switch the position is the start of a segment with nothing in it.
+    last = Lsn(max(promised.value - 1, 0))
+    start = WalSegment.containing(timeline, last, repository.header.segment_bytes).start
     if WalArchive(repository).inventory().covers(WalRange(timeline, min(start, promised), promised)):
         return 0.0, ""
     newest = max((info.modified for info in repository.storage.list("wal/")), default=None)
