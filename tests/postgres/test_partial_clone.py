@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
 
 from fix_clones import Protected, one, protected, rows
-from knockwood.clone.partial import PartialClone, RelationKey, spawn_partial
-from knockwood.errors import KnockwoodError
+from knockwood.clone import spawn
+from knockwood.clone.partial import (
+    PartialClone,
+    PartialImpossibleError,
+    RelationKey,
+    spawn_for,
+    spawn_partial,
+)
+from knockwood.errors import KnockwoodError, RefusedError
+from knockwood.host import privileges
 from knockwood.postgres.connection import connect
+from knockwood.repository.backups.fetch import fetch_chain
+from knockwood.repository.backups.listing import RelationMap, relation_map
+from knockwood.repository.backups.partial import read_block
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -112,3 +124,148 @@ def test_one_table_is_right_and_every_other_one_raises(new_server: ServerFactory
             assert set(rows(clone.dsn(), "select v from wanted")) == {"ruined"}
             unreadable(made, clone, {"wanted", "fresh", "idle"})
         assert made.registry.records() == []
+
+
+@pytest.mark.parametrize("version", [pytest.param(17, marks=pytest.mark.slow), 18])
+def test_the_pieces_of_a_chain_of_backups_are_combined(new_server: ServerFactory, version: int) -> None:
+    server = new_server(version, segment_megabytes=1, summarize_wal="on")
+    place = server.data_directory.parent / "space"
+    place.mkdir()
+    privileges.give(place, server.account)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.execute(f"create tablespace space location '{place}'")
+        made.execute(_SHOP)
+        made.execute(
+            "create table far (a int) tablespace space; insert into far select generate_series(1, 9000)"
+        )
+        made.execute("create table far_other (a int) tablespace space; insert into far_other values (1)")
+        full = made.backup()
+        made.execute("update wanted set v = v || '+' where id < 50; delete from far where a > 4000")
+        made.execute("vacuum far")
+        made.execute("insert into other (v) select 'x' from generate_series(1, 3000)")
+        first = made.backup(incremental=True)
+        made.execute("update wanted set v = v || '-' where id > 1900; insert into far values (-1)")
+        last = made.backup(incremental=True)
+        made.execute(_WORK)
+        keys = [key("wanted"), key("far")]
+        with spawn_partial(
+            made.repository, made.plan("latest"), keys, purpose="test", registry=made.registry
+        ) as clone:
+            assert [link.id for link in clone.plan.chain] == [full.id, first.id, last.id]
+            for table in ("wanted", "far"):
+                assert content(clone.dsn(), table) == content(server.dsn(), table)
+            unreadable(made, clone, {"wanted", "far", "fresh"})
+            assert clone.fetched_bytes < full.stored_bytes + first.stored_bytes + last.stored_bytes
+        # A single page through the chain is what PostgreSQL combines.
+        path = one(server.dsn(), "select pg_relation_filepath('wanted')")
+        into = made.folder / "whole"
+        fetch_chain(
+            made.repository, (full, first, last), into, account=server.account, programs=server.programs,
+            tablespace_root=made.folder / "spaces", sync=False,
+        )  # fmt: skip
+        whole = (into / path).read_bytes()
+        for block in range(len(whole) // 8192):
+            page = read_block(made.repository, last, path, block, (full, first))
+            assert page == whole[block * 8192 : (block + 1) * 8192]
+        with pytest.raises(KnockwoodError, match="no block"):
+            read_block(made.repository, last, path, len(whole) // 8192, (full, first))
+
+
+def test_tables_that_were_rewritten_renamed_or_made_since_and_partitions(new_server: ServerFactory) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.execute(_SHOP)
+        made.execute("create table emptied as select generate_series(1, 1000) a")
+        made.execute("create table old_name as select generate_series(1, 1000) a")
+        made.execute("create table parts (k int primary key, v text) partition by range (k)")
+        made.execute("create table parts_1 partition of parts for values from (0) to (500)")
+        made.execute("create table parts_2 partition of parts for values from (500) to (1000)")
+        made.execute("insert into parts select i, 'p' || i from generate_series(0, 999) i")
+        oid = one(server.dsn(), "select 'other'::regclass::oid::int")
+        node = one(server.dsn(), "select pg_relation_filenode('idle')::int")
+        made.backup()
+        made.execute("alter table wanted alter v type varchar(100); update wanted set v = 'a' where id = 1")
+        made.execute("truncate emptied; insert into emptied values (1)")
+        made.execute("alter table old_name rename to new_name; insert into new_name values (-1)")
+        made.execute("create table later as select generate_series(1, 100) a")
+        made.execute("update parts set v = 'new' where k % 100 = 0")
+        made.execute("create database copied strategy wal_log")
+        made.execute("create table there as select 1 a", "copied")
+        plan = made.plan("latest")
+        for name in ("wanted", "emptied", "new_name", "later", "parts"):
+            with spawn_for(
+                made.repository, plan, [key(name)], purpose="test", registry=made.registry
+            ) as clone:
+                assert isinstance(clone, PartialClone), clone.whole_because
+                assert content(clone.dsn(), name) == content(server.dsn(), name)
+        keys = [
+            RelationKey("postgres", oid=oid),
+            RelationKey("postgres", filenode=node),
+            key("there", "copied"),
+        ]
+        with spawn_partial(made.repository, plan, keys, purpose="test", registry=made.registry) as clone:
+            assert content(clone.dsn(), "other") == content(server.dsn(), "other")
+            assert content(clone.dsn(), "idle") == content(server.dsn(), "idle")
+            assert rows(clone.dsn("copied"), "select a from there") == [1]
+
+
+def test_where_it_is_not_safe_the_whole_backup_is_restored(
+    new_server: ServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.execute(_SHOP)
+        made.backup()
+        made.execute("update wanted set v = 'changed' where id < 10")
+        plan = made.plan("latest")
+        with pytest.raises(RefusedError, match="no relation is named"):
+            spawn_partial(made.repository, plan, [], purpose="test", registry=made.registry)
+        # A map that names another file for the table: seen on the clone, in the catalog.
+        right = relation_map(made.repository, plan.backup)
+        table, other = right.find("postgres", "public", "wanted"), right.find("postgres", "public", "other")
+        assert table is not None
+        assert other is not None
+        wrong = RelationMap(
+            tuple(replace(one, path=other.path) if one.oid == table.oid else one for one in right.relations)
+        )
+        monkeypatch.setattr("knockwood.clone.partial.relation_map", lambda *_: wrong)
+        with pytest.raises(PartialImpossibleError, match="would not be whole") as told:
+            spawn_partial(made.repository, plan, [key("wanted")], purpose="test", registry=made.registry)
+        assert told.value.more
+        with spawn_for(
+            made.repository, plan, [key("wanted")], purpose="test", registry=made.registry
+        ) as clone:
+            assert isinstance(clone, PartialClone)
+            assert content(clone.dsn(), "wanted") == content(server.dsn(), "wanted")
+        monkeypatch.undo()
+        made.execute("create database copied strategy file_copy")
+        with spawn_for(
+            made.repository, made.plan("latest"), [key("wanted")], purpose="test", registry=made.registry
+        ) as clone:
+            assert not isinstance(clone, PartialClone)
+            assert "copies a whole database" in clone.whole_because
+            assert content(clone.dsn(), "wanted") == content(server.dsn(), "wanted")
+        assert made.registry.records() == []
+
+
+def test_a_relation_locked_by_a_transaction_in_progress_is_readable_at_once(
+    new_server: ServerFactory,
+) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.execute(_SHOP)
+        made.backup()
+        before = content(server.dsn(), "wanted")
+        with connect(server.dsn()) as connection, connection.transaction():
+            connection.execute("drop table wanted")
+            # Locks are told again with each snapshot of the running transactions.
+            made.execute("checkpoint")
+            row = connection.execute("select pg_current_xact_id()::text::bigint").fetchone()
+        assert row is not None
+        plan = made.plan(f"before-{row[0]}")
+        whole = spawn(made.repository, plan, purpose="test", registry=made.registry, free_of_locks=True)
+        part = spawn_partial(made.repository, plan, [key("wanted")], purpose="test", registry=made.registry)
+        for clone in (whole, part):
+            with clone:
+                dsn = clone.dsn() + " options='-c statement_timeout=60s'"
+                assert content(dsn, "wanted") == before

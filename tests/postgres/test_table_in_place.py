@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -224,7 +225,7 @@ def test_rows_that_changed_since_are_asked_about(new_server: ServerFactory) -> N
         assert values["put_back"] == 100
         assert one(made.server.dsn(), f"select count(*) from {values['copy']} where note = 'ruined'") == 100
         assert [row for row in content(made) if "later" not in row] == before
-        evidence = [json.loads(open(path).read()) for path in back.recovery.results[0].evidence]  # noqa: SIM115
+        evidence = [json.loads(Path(path).read_text()) for path in back.recovery.results[0].evidence]
         assert evidence[0]["count"] == 100
 
 

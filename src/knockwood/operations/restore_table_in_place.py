@@ -12,6 +12,8 @@ from knockwood.clone.partial import RelationKey, spawn_for
 from knockwood.clone.registry import Registry
 from knockwood.clone.spawn import Clone
 from knockwood.errors import UsageError
+from knockwood.model.finding import Verdict
+from knockwood.model.proof import Claim
 from knockwood.model.recovery import Plan, Recovery, Step
 from knockwood.model.wal import Lsn
 from knockwood.postgres.binaries import Programs, find_programs
@@ -20,7 +22,7 @@ from knockwood.recover.execute import execute
 from knockwood.recover.plan.table import MODES, Comparison, Mode, TableState, plan_table
 from knockwood.recover.table_definition import TableName, pin
 from knockwood.recover.tables import TableHandler, table_of
-from knockwood.recover.tables_facts import compare, required_shape, shape, state_of
+from knockwood.recover.tables_facts import compare, count, required_shape, shape, state_of
 from knockwood.repository.backups.model import Progress
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import RestorePlan, Target, ToLsn, resolve
@@ -80,7 +82,13 @@ def restore_in_place(
         if not apply or found.refused:
             return found
         handler = TableHandler(live_dsn, lambda step: nullcontext(clone), lock_timeout)
-        recovery = execute(found.plan, [handler], state, approve=found.plan.id)
+        recovery = execute(
+            found.plan,
+            [handler],
+            state,
+            approve=found.plan.id,
+            verify=lambda: (_look_again(clone, table, live_dsn),),
+        )
     return InPlace(
         table,
         found.plan,
@@ -135,6 +143,29 @@ def _spawn(
         progress=progress,
         registry=registry,
     )
+
+
+def _look_again(clone: Clone, table: TableName, live_dsn: str) -> Claim:
+    """After the commit: is every row of then there? Others may have written since, which is no failure."""
+    name = f"rows of {table}"
+    with (
+        connect(clone.dsn(table.database)) as source,
+        connect(with_words(live_dsn, dbname=table.database)) as live,
+    ):
+        pin(source)
+        pin(live)
+        then, now = required_shape(source, table), shape(live, table)
+        if now is None:
+            return Claim(name, Verdict.BROKEN, "the table is not there")
+        if not now.key or now.key != then.key:
+            rows, wanted = count(live, now.source), count(source, then.source)
+            verdict = Verdict.HELD if rows >= wanted else Verdict.NOT_CHECKED
+            return Claim(name, verdict, f"{rows} rows are there, {wanted} were then")
+        rows_now = compare(source, live, then, now)
+    said = f"{rows_now.same} are as then, {rows_now.changed} have changed, {rows_now.newer} are newer"
+    if rows_now.missing:
+        return Claim(name, Verdict.NOT_CHECKED, f"{said}, {rows_now.missing} went after the commit")
+    return Claim(name, Verdict.HELD, said)
 
 
 def _examine(

@@ -124,7 +124,8 @@ class Merge:
         return " and ".join(f"t.{name} = s.{name}" for name in now.key)
 
     def _differs(self, now: Shape) -> str:
-        return f"{now.row('t.')} operator(pg_catalog.*<>) {now.row('s.')}"
+        # Between row constructors the operator *<> would be looked for column by column.
+        return f"pg_catalog.record_image_ne({now.row('t.')}, {now.row('s.')})"
 
     def _conflicts(self, now: Shape, done: Merged) -> None:
         """Refuse, or say what is left, where rows of then have changed."""

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from knockwood.cli.answer import Answer, seconds
+from knockwood.cli.commands.restore_in_place import in_place as put_back
+from knockwood.cli.commands.restore_in_place import mode_of
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.cli.progress import byte_progress
 from knockwood.errors import UsageError
@@ -36,6 +38,16 @@ def restore(
     apply: Annotated[
         bool, Parameter(negative="", help="Bring the table back; otherwise only shown.")
     ] = False,
+    in_place: Annotated[bool, Parameter(negative="", help="The table into its own place.")] = False,
+    keep_current: Annotated[
+        bool, Parameter(negative="", help="In place: rows that changed since stay as they are.")
+    ] = False,
+    keep_restored: Annotated[
+        bool, Parameter(negative="", help="In place: rows that changed since become what they were.")
+    ] = False,
+    replace: Annotated[
+        bool, Parameter(negative="", help="In place: all rows of now make way; a copy stays.")
+    ] = False,
     backup: Annotated[str | None, Parameter(help="From this backup; otherwise the best one.")] = None,
     timeline: Annotated[int | None, Parameter(help="Along this timeline; otherwise the newest.")] = None,
     accept_loss: Annotated[bool, Parameter(negative="", help="As far as the archive reaches.")] = False,
@@ -46,13 +58,29 @@ def restore(
 ) -> Answer:
     """Restore into a folder beside the running cluster, complete up to the target, or refuse.
 
-    With --table one table comes back beside the live one, as knockwood_restored.TABLE_TIME.
+    With --table one table comes back beside the live one, as knockwood_restored.TABLE_TIME, or with --in-place
+    in its own place: what is missing comes back, what is newer stays.
     """
     target = parse_target(to)
     _either(into, table)
+    mode = mode_of(keep_current=keep_current, keep_restored=keep_restored, replace=replace)
+    _only_in_place(in_place, table, file, mode)
     cluster = common.open_cluster()
     repository = cluster.repository()
     notes = _freshen(cluster, repository, target, accept_loss)
+    if in_place and table is not None:
+        return put_back(
+            cluster,
+            repository,
+            target,
+            table,
+            mode,
+            notes=notes,
+            quiet=common.json,
+            apply=apply,
+            backup=backup,
+            accept_loss=accept_loss,
+        )
     with byte_progress("restore", quiet=common.json) as progress:
         if table is not None:
             brought = restore_table(
@@ -92,6 +120,13 @@ def _either(into: Path | None, table: str | None) -> None:
             "say either where a cluster goes, or which table comes back",
             hint="knockwood restore --to latest --into DIR, or --table DATABASE.SCHEMA.TABLE --apply",
         )
+
+
+def _only_in_place(in_place: bool, table: str | None, file: Path | None, mode: str) -> None:
+    if in_place and (table is None or file is not None):
+        raise UsageError("--in-place is for one table of the live cluster", hint="name it with --table")
+    if mode != "refuse" and not in_place:
+        raise UsageError(f"--{mode} is for --in-place")
 
 
 def _freshen(cluster: Cluster, repository: Repository, target: Target, accept_loss: bool) -> tuple[str, ...]:
