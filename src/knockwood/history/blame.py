@@ -112,39 +112,52 @@ def owners_of(transactions: Sequence[Transaction]) -> dict[int, Transaction]:
     return {xid: each for each in transactions for xid in each.xids}
 
 
-def versions(logs: Logs, owners: Mapping[int, Transaction], file: FileId, where: Place) -> Iterator[Written]:
-    """The versions of the row that lies at a place now, the newest first, as far as the log goes back.
-
-    The last one is of kind `insert` where the whole life of the row is in the log.
+def versions(
+    logs: Logs, owners: Mapping[int, Transaction], file: FileId, where: Place, xmin: int
+) -> Iterator[Written]:
+    """The versions of the row that lies at a place with a raw xmin, the newest first, as far as the log
+    goes back. The last one is of kind `insert` where the whole life of the row is in the log.
     """
     log = logs.get(file)
-    index = len(log) - 1 if log is not None else -1
+    if log is None:
+        return
+    index = _written_at(log, len(log) - 1, where, xmin)
     below = 1 << 62
-    while log is not None:
-        while index >= 0 and log.news[index] != where:
-            index -= 1
+    while True:
         if index < 0:
-            yield from _somewhere(log, owners, where >> 16, below)
+            yield from _somewhere(log, owners, where >> 16, below, xmin if below == 1 << 62 else None)
             return
         writer, below, origin = log.writers[index], log.lsns[index], log.olds[index]
         transaction = owners.get(writer)
         if origin != NOWHERE:
             yield Written("update", transaction)
-            where, index = origin, index - 1
+            where = origin
+            index = _written_at(log, index - 1, where)
             continue
         left = _left(logs, file, writer, below)
         yield Written("move" if left is not None else "insert", transaction)
         if left is None:
             return
-        file, index = left
+        file, moved = left
         log = logs[file]
-        where, below = log.olds[index], log.lsns[index]
+        where, below = log.olds[moved], log.lsns[moved]
+        index = _written_at(log, moved - 1, where)
+
+
+def _written_at(log: Log, index: int, where: Place, xmin: int | None = None) -> int:
+    """The last change up to `index` that put a row there (by `xmin`, if given); below zero for none."""
+    while index >= 0 and not (log.news[index] == where and xmin in (None, log.writers[index])):
         index -= 1
+    return index
 
 
-def _somewhere(log: Log, owners: Mapping[int, Transaction], block: int, below: int) -> Iterator[Written]:
+def _somewhere(
+    log: Log, owners: Mapping[int, Transaction], block: int, below: int, xmin: int | None
+) -> Iterator[Written]:
     """Rows that COPY put into the block at unknown offsets: whose this is is known if only one did."""
     writers = {xid for lsn, xid, at in log.somewhere if at == block and lsn < below}
+    if xmin is not None:
+        writers &= {xmin}
     if writers:
         yield Written("insert", owners.get(writers.pop()) if len(writers) == 1 else None)
 

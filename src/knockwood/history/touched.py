@@ -105,8 +105,9 @@ def touched(
 ) -> Touched:
     """Decode the WAL of committed transactions of one history (several are taken as one).
 
-    `only` leaves out files, `new_file` makes what takes a file's changes. Raises RefusedError above `limit` rows, ObjectMissingError where the archive
-    lacks WAL, ProgramFailedError where it is damaged. `progress` gets WAL bytes done and in all.
+    `only` leaves out files, `new_file` makes what takes a file's changes. `progress` gets WAL bytes done
+    and in all. Raises RefusedError above `limit` rows, ObjectMissingError where the archive lacks WAL,
+    ProgramFailedError where it is damaged.
     """
     if not transactions:
         raise ValueError("no transactions")

@@ -169,19 +169,25 @@ def _may_lack(repository: Repository, subject: Subject) -> bool:
 
 def parse_table(text: str) -> tuple[str | None, str]:
     """Read NAME or SCHEMA.NAME, each part quoted if it holds a dot; raises UsageError."""
+    parts = name_parts(text)
+    if len(parts) > 2:
+        raise UsageError(f"not a table: {text!r}", hint="write NAME or SCHEMA.NAME, as in public.orders")
+    return (parts[0], parts[1]) if len(parts) == 2 else (None, parts[0])
+
+
+def name_parts(text: str) -> list[str]:
+    """The one to three parts of a name, names as they are stored; raises UsageError."""
     parts: list[str] = []
     rest = text
     while rest:
         if rest.startswith('"'):
             part, rest = _quoted_part(text, rest)
         else:
-            part, dot, rest = rest.partition(".")
-            if dot and not rest:
-                break
+            part, _, rest = rest.partition(".")
         parts.append(part)
-    if not 1 <= len(parts) <= 2 or not all(parts) or text.endswith("."):
+    if not 1 <= len(parts) <= 3 or not all(parts) or text.endswith("."):
         raise UsageError(f"not a table: {text!r}", hint="write NAME or SCHEMA.NAME, as in public.orders")
-    return (parts[0], parts[1]) if len(parts) == 2 else (None, parts[0])
+    return parts
 
 
 def _quoted_part(text: str, rest: str) -> tuple[str, str]:
@@ -199,4 +205,4 @@ def _quoted_part(text: str, rest: str) -> tuple[str, str]:
     return rest[1:end].replace('""', '"'), after[1:]
 
 
-__all__ = ["SHOWN", "Difference", "change_as_json", "diff", "parse_table"]
+__all__ = ["SHOWN", "Difference", "change_as_json", "diff", "name_parts", "parse_table"]

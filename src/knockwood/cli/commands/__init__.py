@@ -49,6 +49,7 @@ _COMMANDS: Final = {
         "recover:recover",
         "Plan the smallest safe repair of what the checks find, show it, and with --apply carry it out.",
     ),
+    "blame": ("blame:blame", "Say which transaction wrote these rows, or deleted them."),
     "diff": ("diff:diff", "Show what a transaction, or all of a range, did to rows, column by column."),
     "bisect": ("bisect:bisect", "Find the first commit at which a rule, a check or any SQL turns bad."),
     "shadow run": (
