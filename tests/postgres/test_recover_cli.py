@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,4 +201,66 @@ def test_a_damaged_page_and_its_index_under_one_plan(line: CommandLine) -> None:
     assert done["verdict"] == "held", done["recovery"]
     assert line.execute("select count(*), count(*) filter (where filler = 'y') from t") == [(500, 1)]
     assert any("backup" in note for note in done["notes"])
+    line.assert_nothing_left()
+
+
+INVARIANT = """
+[[cluster.shop.invariant]]
+name = "no negative balance"
+sql = "select id from account where balance < 0"
+"""
+
+
+def test_rows_that_break_an_invariant_are_taken_back(line: CommandLine) -> None:
+    """With the culprit named; what came later is kept."""
+    with line.config.open("a") as file:
+        file.write(INVARIANT)
+    line.execute("create table account (id int primary key, balance int, note text)")
+    line.execute("insert into account select n, 100, '' from generate_series(1, 20) n")
+    line("backup")
+    [(xid,)] = line.execute(
+        "update account set balance = -1 where id < 5 returning pg_current_xact_id()::text::bigint"
+    )[:1]
+    line.execute("update account set note = 'later' where id = 2")
+    words = ("recover", "--check", "invariants")
+    shown = line(*words, status=1)
+    assert kinds(shown) == []
+    assert "--xid" in shown["plan"]["refused"][0]
+    shown = line(*words, "--xid", xid, status=1)
+    assert kinds(shown) == ["revert"], shown["plan"]["refused"]
+    done = line(*words, "--xid", xid, "--approve", shown["plan"]["id"])
+    assert done["verdict"] == "held", done["recovery"]
+    assert "check invariants" in {claim["name"] for claim in done["recovery"]["claims"]}
+    assert line.execute("select sum(balance), max(note) from account") == [(2000, "later")]
+    line.assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_is_resumed(line: CommandLine) -> None:
+    """The real command, killed after a while that grows until it comes to its end."""
+    make_damage(line)
+    findings = line.folder / "findings.json"
+    findings.write_text(json.dumps(line("check", *CHECKS[1::2], status=1)))
+    line.in_process = False
+    kills = 0
+    for tenths in range(2, 400, 3):
+        child = line.start("recover", "--finding", findings, "--apply", "--json")
+        try:
+            child.wait(tenths / 10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        child.communicate()
+        if child.returncode >= 0:
+            break
+        kills += 1
+        left = line("recover", "--finding", findings, status=1)["unfinished"]
+        if left:
+            done = line("recover", "--resume")
+            assert done["verdict"] == "held"
+            # The same damage again, for the next round.
+            line.execute("drop table t")
+            make_damage(line)
+    assert child.returncode == 0
+    assert kills > 3
+    assert line("check", *CHECKS[1::2])["verdict"] == "held"
     line.assert_nothing_left()

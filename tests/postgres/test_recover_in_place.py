@@ -136,9 +136,12 @@ def test_back_to_before_a_mistake_and_back_again(line: CommandLine) -> None:
     assert left["steps_done"] == 0
     rolled = line("recover", "--roll-back", status=1)
     assert rolled["recovery"]["results"][0]["outcome"] == "rolled_back"
-    assert sorted(path.name for path in data.parent.iterdir() if path.name.startswith("data.")) == [
-        "data.log"
-    ]
+    assert [
+        path.name for path in data.parent.iterdir() if path.name.startswith("data.") and path.is_dir()
+    ] in (
+        [],
+        ["data.socket"],
+    )
 
     server = started(line)
     assert rows(server) == []
