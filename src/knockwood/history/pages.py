@@ -205,14 +205,15 @@ class _Reader:
         wrong = _first_wrong_link(whole, previous)
         if wrong is not None:
             end = int(lsns[wrong])
-            return _Found(_cut(whole, wrong), Tail(None), place.lsn, end, _NO_LINK)
+            why = _ZEROES if _torn(buffer, int(starts[wrong])) else _NO_LINK
+            return _Found(_cut(whole, wrong), Tail(None), place.lsn, end, why)
         stretch = whole if len(starts) else None
         last = int(lsns[-1]) if len(starts) else previous
         end = place.lsn if stop == 0 else self._lsn(stop + place.shift)
         if stop == len(buffer):
             return _Found(stretch, Tail(last), place.lsn, self._end(stop + place.shift), cut or None)
         rest = buffer[stop:]
-        if length == 0 and not rest.any():
+        if length < _HEADER_BYTES and _torn(buffer, stop):
             if len(starts) and not sound(buffer[starts[-1] : stop]):
                 # What was cut in the middle of it and filled with zeroes has its length and its link.
                 return _Found(_cut(whole, len(starts) - 1), Tail(None), place.lsn, int(lsns[-1]), _ZEROES)
@@ -288,6 +289,11 @@ def _chain(buffer: Bytes) -> tuple[Ints, int, int]:
         append(at)
         at = after
     return np.array(found, np.int64) << 2, at << 2, length
+
+
+def _torn(buffer: Bytes, start: int) -> bool:
+    """Whether a record was cut inside its header (its checksum comes last) and zeroes follow, if anything."""
+    return not buffer[start + 20 :].any()
 
 
 def _first_wrong_link(stretch: Stretch, previous: int | None) -> int | None:
