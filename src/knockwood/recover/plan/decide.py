@@ -13,7 +13,7 @@ from knockwood.model.finding import Finding
 from knockwood.model.recovery import Alternative, ExpectedLoss, Plan, Step
 from knockwood.recover.plan.damage import OF_TABLES, Damage, Kind, classify
 from knockwood.recover.plan.offer import Offer, key
-from knockwood.recover.plan.rules import constraints, indexes, sequences, whole
+from knockwood.recover.plan.rules import constraints, indexes, sequences, tables, whole
 from knockwood.recover.plan.situation import Situation
 
 _RULES = (indexes.offers, sequences.offers, constraints.offers)
@@ -62,7 +62,7 @@ def decide(findings: Iterable[Finding], situation: Situation, offers: Sequence[O
         steps=_steps(chosen),
         expected_loss=_loss(chosen),
         heals=tuple(damage.finding for damage in damages if key(damage.finding) in healed),
-        alternatives=_alternatives(everything if ordered else candidates, chosen, situation, bool(damages)),
+        alternatives=_alternatives(everything if ordered else candidates, chosen, situation, damages),
         refused=(
             *(f"{offer.title}: {offer.refused}" for offer in candidates if ordered and offer.refused),
             *_refusals(damages, healed, candidates, situation),
@@ -145,7 +145,7 @@ def _loss(chosen: Iterable[Offer]) -> ExpectedLoss:
 
 
 def _alternatives(
-    candidates: Iterable[Offer], chosen: Sequence[Offer], situation: Situation, damaged: bool
+    candidates: Iterable[Offer], chosen: Sequence[Offer], situation: Situation, damages: Sequence[Damage]
 ) -> tuple[Alternative, ...]:
     found = [
         Alternative(
@@ -158,7 +158,9 @@ def _alternatives(
         for offer in candidates
         if offer not in chosen
     ]
-    return tuple(found + (whole.alternatives(situation, bool(chosen)) if damaged else []))
+    if damages:
+        found += [*tables.alternatives(damages), *whole.alternatives(situation, bool(chosen))]
+    return tuple(found)
 
 
 def _why_not(offer: Offer, chosen: Sequence[Offer]) -> str:
@@ -203,7 +205,9 @@ def _nothing_mends(damage: Damage, situation: Situation) -> str:
         return "the status of transactions has no smaller repair that is safe" + last
     if damage.system:
         return "a system catalog is not mended page by page" + last
-    return "no smaller repair is safe or possible here" + last
+    table = tables.command(damage)
+    beside = f": bring the table back with {table} --in-place, or beside it without" if table else ""
+    return "no smaller repair is safe or possible here" + beside + last
 
 
 def _purpose(damages: Sequence[Damage], healed: frozenset[str], ordered: Offer | None) -> str:

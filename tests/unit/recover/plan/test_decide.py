@@ -199,7 +199,9 @@ WHOLE = WholeRestore("latest", "B", 1000, 10, free_bytes=5000)
 def test_the_whole_cluster_is_never_restored_unordered() -> None:
     plan = decide([page()], replace(READY, whole=WHOLE))
     assert plan.steps == ()
+    assert "restore --table shop.public.t --in-place" in plan.refused[0]
     assert [each.title.split(":")[0] for each in plan.alternatives] == [
+        "bring the table back from a clone, beside it or with --in-place",
         "restore the cluster beside this one",
         "restore the cluster in place",
     ]
