@@ -18,7 +18,7 @@ PIP_SETTINGS := export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_U
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help install demo test test-all test-fault lint format lock bench bench-peers bench-exactness bench-kills bench-damage clean
+.PHONY: help install demo test test-all test-fault lint format lock bench bench-peers bench-exactness bench-kills bench-damage bench-pages clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -83,6 +83,9 @@ bench-peers: install ## the gap test, beside other backup tools
 
 bench-damage: install ## every kind of damage done to a real cluster, and what found it
 	@exec $(BIN)/python bench/damage_table.py
+
+bench-pages: install ## random damage to pages under load, mended and compared
+	@exec $(BIN)/python bench/page_damage.py
 
 bench-exactness: install ## proofs in a row under writers, and one changed byte
 	@exec $(BIN)/python bench/exactness.py

@@ -187,3 +187,29 @@ def test_changes_that_the_archive_has_lost_too(new_server: ServerFactory) -> Non
             site.sql("insert into account values (500, 'another', 1)")
         again = site.execute(plan)
         assert again.results[0].outcome is Outcome.ALREADY_DONE
+
+
+def test_without_a_way_to_drop_buffers(new_server: ServerFactory) -> None:
+    """15 mends a zero page that no buffer holds, and one that is good in the buffers; it refuses what it holds."""
+    server = new_server(15)
+    with site_of(server) as site:
+        orders = site.path("orders")
+        site.sql("update orders set note = 'newer' where id % 9 = 0")
+        expected = site.sql(FINGERPRINT)
+        site.settle()
+        site.damage(orders, 6, bytes(8192))
+        plan = site.plan((orders, 6))
+        assert plan.steps[0].arguments["procedure"] == "replace"
+        mend(site, plan)
+        assert site.sql(FINGERPRINT) == expected
+        good = site.page(orders, 6)
+        site.put(orders, 6, bytes(8192))
+        plan = site.plan((orders, 6))
+        assert plan.steps[0].arguments["procedure"] == "save buffer"
+        mend(site, plan)
+        assert site.page(orders, 6) == good
+        site.damage(orders, 7, bytes(8192))
+        site.sql("select count(*) from orders")
+        plan = site.plan((orders, 7))
+        assert not plan.steps
+        assert "restart the server" in plan.refused[0]

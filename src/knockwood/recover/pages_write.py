@@ -16,7 +16,7 @@ from knockwood.host.direct import write_block
 from knockwood.integrity.check import Subject
 from knockwood.model.wal import Lsn
 from knockwood.postgres.connection import connect, translated, with_words
-from knockwood.postgres.pages import bad_pages, decode_header, sealed
+from knockwood.postgres.pages import PAGE_BYTES, bad_pages, decode_header, sealed
 from knockwood.recover import pages_facts as facts
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good
@@ -83,11 +83,10 @@ def look(
     subject = open_session.subject
     server = open_session.server()
     relation = target.facts()
-    need = relation.kind in ("r", "t") and server.superuser and not server.in_recovery
     wal: Mapping[int, WalFacts] = dict.fromkeys(blocks, WalFacts(False, reason="not asked for"))
     if known is not None:
         wal = known
-    elif need:
+    elif server.superuser and not server.in_recovery and _needs_wal(open_session, target, blocks):
         until = facts.flush_wal(subject, target.database)
         wal = facts.wal_facts(subject, target, blocks, since, until)
     buffers = open_session.buffers(target, blocks)
@@ -100,6 +99,18 @@ def look(
         for block in blocks
     }
     return Looked(target, judgements, pages, wal)
+
+
+def _needs_wal(open_session: Session, target: Target, blocks: Collection[int]) -> bool:
+    """Whether the WAL since the backup, which may be long, has to tell anything: not of pages that neither
+    the disk nor a buffer can give to anybody."""
+    if target.kind not in ("r", "t"):
+        return False
+    for block in blocks:
+        page = facts.read_page(open_session.subject, target.path, block)
+        if page is not None and (len(page) < PAGE_BYTES or not bad_pages(page, block, True)):
+            return True
+    return any(each.state != "absent" for each in open_session.buffers(target, blocks).values())
 
 
 def repair(

@@ -65,11 +65,12 @@ def describe(damaged: bytes, good: bytes) -> str:
     sectors = sorted({at // _SECTOR for at in differing})
     if bits == 1:
         return f"one bit differs, in byte {differing[0]}"
+    # Half-written: the header's LSN is of one version, a part that begins or ends the page of another.
     last = PAGE_BYTES // _SECTOR - 1
-    contiguous = sectors == list(range(sectors[0], sectors[-1] + 1))
-    if contiguous and len(sectors) <= last and (sectors[0] == 0 or sectors[-1] == last):
-        side = "first" if sectors[0] == 0 else "last"
-        return f"torn: its {side} {len(sectors) * _SECTOR} bytes are not those of the good page"
+    if damaged[:8] != good[:8] and sectors[-1] < last:
+        return f"torn: its first {(sectors[-1] + 1) * _SECTOR} bytes are not those of the good page"
+    if damaged[:8] == good[:8] and sectors[0] > 0 and sectors[-1] == last:
+        return f"torn: its last {(last + 1 - sectors[0]) * _SECTOR} bytes are not those of the good page"
     return f"{len(differing)} bytes differ, from byte {differing[0]} to {differing[-1]}"
 
 
