@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from knockwood.postgres.connection import Connection, connect
 from knockwood.postgres.server import LocalServer
 from knockwood.recover.execute import execute
 from knockwood.recover.plan.change import row_key
-from knockwood.recover.plan.rows import Culprit, Mode, RowKey
+from knockwood.recover.plan.rows import Culprit, Mode, RowKey, cell
 from knockwood.recover.revert_apply import RevertHandler
 from knockwood.recover.revert_catalog import LiveTable, read_catalog
 from knockwood.recover.revert_examine import Examined, Request, examine
@@ -83,18 +84,58 @@ def differences(
     before: Mapping[TableId, Mapping[RowKey, list[Rows]]],
     after: Mapping[TableId, Mapping[RowKey, list[Rows]]],
 ) -> Iterator[RowChange]:
-    """What lies between two states, rows matched by key; without a key nothing is an update."""
+    """What lies between two states. Rows are the same by what is beside their key, where that is unique, else
+    by key; without a key nothing is an update."""
     for table, old in before.items():
-        new = after[table]
-        for key in [*old, *(key for key in new if key not in old)]:
-            left, right = list(old.get(key, [])), list(new.get(key, []))
-            for was, is_now in zip(left, right, strict=False):
-                if any(not was[name].same(is_now[name]) for name in was):
-                    yield RowChange(table, "update", {}, was, is_now)
-            for was in left[len(right) :]:
-                yield RowChange(table, "delete", {}, was, None)
-            for is_now in right[len(left) :]:
-                yield RowChange(table, "insert", {}, None, is_now)
+        left = [(key, row) for key, rows in old.items() for row in rows]
+        right = [(key, row) for key, rows in after[table].items() for row in rows]
+        equal = Counter(_cells(row) for _, row in left) & Counter(_cells(row) for _, row in right)
+        left, right = _without(left, equal), _without(right, equal)
+        for names in (1, 0):  # first by the rest, then by the key
+            pairs = _paired(left, right, bool(names))
+            for was, is_now in pairs:
+                yield RowChange(table, "update", {}, was[1], is_now[1])
+            gone, come = {id(was[1]) for was, _ in pairs}, {id(now[1]) for _, now in pairs}
+            left = [each for each in left if id(each[1]) not in gone]
+            right = [each for each in right if id(each[1]) not in come]
+        for _, was in left:
+            yield RowChange(table, "delete", {}, was, None)
+        for _, now in right:
+            yield RowChange(table, "insert", {}, None, now)
+
+
+Keyed = tuple[RowKey, Rows]
+
+
+def _cells(row: Rows) -> tuple[Any, ...]:
+    return tuple(cell(value) for value in row.values())
+
+
+def _without(rows: list[Keyed], equal: Counter[tuple[Any, ...]]) -> list[Keyed]:
+    left = Counter(equal)
+    kept = []
+    for key, row in rows:
+        if left[_cells(row)] > 0:
+            left[_cells(row)] -= 1
+        else:
+            kept.append((key, row))
+    return kept
+
+
+def _paired(left: list[Keyed], right: list[Keyed], by_rest: bool) -> list[tuple[Keyed, Keyed]]:
+    def identity(each: Keyed) -> tuple[Any, ...]:
+        cells = _cells(each[1])
+        return tuple(each_cell for each_cell in cells if each_cell not in each[0]) if by_rest else each[0]
+
+    counts = Counter(identity(each) for each in left), Counter(identity(each) for each in right)
+    known = {identity(each): each for each in right}
+    return [
+        (each, known[name])
+        for each in left
+        if (name := identity(each))
+        and counts[0][name] == counts[1][name] == 1
+        and len(each[0]) < len(each[1])
+    ]
 
 
 @dataclass

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from knockwood.history.transaction import ColumnValue, RowChange, TableId
 from knockwood.recover.plan.change import Verdict, decide, plus, row_key
+from knockwood.recover.plan.moves import moves
 from knockwood.recover.plan.rows import (
     ChangeId,
     Conflict,
@@ -148,12 +149,29 @@ class _Merging:
         Rows that exchanged their keys would otherwise stand in each other's way.
         """
         placed: list[tuple[ChangeId, RowChange, _Slot]] = []
+        skipped = {position for xid, position in excluded if xid == culprit.xid}
+        states = moves(culprit.changes, self._tables, self._row_at, skipped)
+        # Rows that are back at their old keys already: not what an insert left there.
+        back = [
+            self._world.at(change.table, change.before or {})
+            for position, change in enumerate(culprit.changes)
+            if states.get(position) == "back"
+        ]
         for position, change in enumerate(culprit.changes):
+            if position in skipped or change.kind == "delete":
+                continue
             here = (culprit.xid, position)
-            if here not in excluded and change.kind != "delete":
-                slot = self._lift(here, change)
-                if slot is not None:
-                    placed.append((here, change, slot))
+            slot = self._world.at(change.table, change.after or {})
+            if states.get(position) == "back" or (
+                change.kind == "insert" and slot is not None and slot in back
+            ):
+                self._already += 1
+            elif states.get(position) == "unclear":
+                self._conflict(
+                    here, change, ConflictKind.AMBIGUOUS, slot, "rows exchanged keys, and changed since"
+                )
+            elif (lifted := self._lift(here, change, slot)) is not None:
+                placed.append((here, change, lifted))
         for here, change, slot in placed:
             occupant = self._world.at(change.table, slot.values or {}) if self._keyed(change) else None
             if occupant is not None:
@@ -162,9 +180,8 @@ class _Merging:
                 )
             self._world.put(slot)
         for position, change in enumerate(culprit.changes):
-            here = (culprit.xid, position)
-            if here not in excluded and change.kind == "delete":
-                self._bring_back(here, change)
+            if position not in skipped and change.kind == "delete":
+                self._bring_back((culprit.xid, position), change)
 
     def outcome(self) -> Merge:
         operations = [operation for slot in self._world.slots if (operation := self._operation(slot))]
@@ -177,15 +194,16 @@ class _Merging:
         counters = self._counters.get(change.table, ())
         return decide(change, current, self._tables[change.table], counters, self._force)
 
-    def _lift(self, here: ChangeId, change: RowChange) -> _Slot | None:
+    def _row_at(self, table: TableId, row: Row) -> Row | None:
+        slot = self._world.at(table, row)
+        return slot.values if slot else None
+
+    def _lift(self, here: ChangeId, change: RowChange, slot: _Slot | None) -> _Slot | None:
         """Revert an insert or an update away from where it was left; the slot that is to be put back."""
-        slot = self._world.at(change.table, change.after or {})
         verdict = self._decide(change, slot.values if slot else None)
         if verdict.kind == "nothing" and change.kind == "insert" and not self._keyed(change):
             # Without a key nobody can say whether it is gone or was changed since.
             verdict = Verdict("conflict", conflict=ConflictKind.GONE, detail="no row equals the inserted one")
-        if verdict.conflict is ConflictKind.GONE and self._is_back(change):
-            verdict = Verdict("nothing")
         if verdict.kind == "conflict":
             assert verdict.conflict is not None
             self._conflict(here, change, verdict.conflict, slot, verdict.detail, verdict.columns)
@@ -215,16 +233,6 @@ class _Merging:
                 slot.plain.add(name)
                 slot.deltas.pop(name, None)
         return slot if moves else None
-
-    def _is_back(self, change: RowChange) -> bool:
-        """Whether an update that changed the key was reverted before: nothing at the new, B at the old."""
-        if not self._keyed(change) or change.before is None or change.after is None:
-            return False
-        old = self._world.at(change.table, change.before)
-        if old is None or old.values is None or old.changes:
-            return False
-        values = old.values
-        return all(name in values and values[name].same(change.before[name]) for name in change.changed)
 
     def _bring_back(self, here: ChangeId, change: RowChange) -> None:
         before = change.before or {}
