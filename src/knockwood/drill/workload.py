@@ -70,6 +70,8 @@ INVARIANTS = {
 # A client's transactions carry ids of their own: client * 2**40 + sequence. Seed rows are negative.
 _CLIENT_SHIFT = 40
 
+_BUG_EVERY = 5
+
 
 def create_shop(dsn: str, orders: int) -> None:
     """Make the shop's tables and `orders` seed orders in the database of `dsn`."""
@@ -112,8 +114,9 @@ class _Customer:
 class Workload:
     """`clients` threads, each with its own connection, ordering and paying until stopped.
 
-    With `discounts` they also lower the prices of orders: lines and total together, unless a buggy release
-    (`deploy(buggy=True)`) forgets the total. The witness notes those as `buggy`: they are no promises.
+    With `discounts` they also lower the prices of orders: lines and total together. A buggy release
+    (`deploy(buggy=True)`) forgets the total of one order in five. The witness notes those as `buggy`: they are
+    no promises.
     """
 
     def __init__(
@@ -230,7 +233,8 @@ class Workload:
         pending: list[int],
     ) -> None:
         order = customer.full_price.pop(customer.chance.randrange(len(customer.full_price)))
-        buggy = self._buggy.is_set()
+        # The bug shows with some orders only, as bugs do.
+        buggy = self._buggy.is_set() and order % _BUG_EVERY == 0
         lowered, xid = _lower(connection, order, buggy=buggy)
         pending.append(order)
         connection.commit()

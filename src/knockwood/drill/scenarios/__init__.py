@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from knockwood.drill.scenarios.bad_release import BAD_RELEASE
 from knockwood.drill.scenarios.base import Scenario
 from knockwood.drill.scenarios.corrupt_table import CORRUPT_TABLE
 from knockwood.drill.scenarios.faulty_disk import FAULTY_DISK
@@ -11,7 +12,7 @@ from knockwood.drill.scenarios.rogue_script import ROGUE_SCRIPT
 from knockwood.errors import UsageError
 
 SCENARIOS: dict[str, Scenario] = {
-    scenario.name: scenario for scenario in (CORRUPT_TABLE, ROGUE_SCRIPT, FAULTY_DISK)
+    scenario.name: scenario for scenario in (CORRUPT_TABLE, ROGUE_SCRIPT, BAD_RELEASE, FAULTY_DISK)
 }
 
 

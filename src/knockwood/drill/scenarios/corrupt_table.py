@@ -9,7 +9,7 @@ from pathlib import Path
 from knockwood.drill import faults
 from knockwood.drill.sandbox import Sandbox, sandbox
 from knockwood.drill.scenarios.base import Scale, Scenario, blocks_named, gate, protect_under_load, watch
-from knockwood.drill.scenarios.live import ask_witness, live_gates, prove_live, repair
+from knockwood.drill.scenarios.live import ask_witness, blocked, live_gates, prove_live, repair
 from knockwood.drill.scorecard import Scorecard, Seconds
 from knockwood.drill.story import Kind, Story
 from knockwood.host import clock
@@ -68,7 +68,7 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
                 gate("all damage named", exact, f"{len(report.findings)} findings"),
                 *live_gates(repaired, kept, proof),
             ),
-            writers_blocked=repaired.blocked,
+            writers_blocked=blocked(repaired.recovery),
         )
 
 

@@ -13,7 +13,7 @@ from knockwood.drill.witness import altered
 from knockwood.drill.workload import totals_present
 from knockwood.errors import PostgresError
 from knockwood.model import Finding, Proof, Recovery, Verdict
-from knockwood.operations import recover
+from knockwood.operations import recover, revert
 from knockwood.operations.proving import prove_cluster
 from knockwood.operations.recover import Proposal
 from knockwood.repository.targets import Latest
@@ -27,9 +27,20 @@ class Repaired:
     recovery: Recovery | None
 
     @property
-    def blocked(self) -> float:
-        """Seconds that writers were kept waiting, all steps together."""
-        return sum(result.blocked_seconds for result in self.recovery.results) if self.recovery else 0.0
+    def refused(self) -> tuple[str, ...]:
+        return self.proposal.plan.refused
+
+
+@dataclass(frozen=True, slots=True)
+class Reverted:
+    """The revert that was planned and what came of it; no recovery where it was refused."""
+
+    proposal: revert.Proposal
+    recovery: Recovery | None
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        return self.proposal.plan.refused
 
 
 def repair(box: Sandbox, story: Story, findings: Iterable[Finding]) -> Repaired:
@@ -45,24 +56,29 @@ def repair(box: Sandbox, story: Story, findings: Iterable[Finding]) -> Repaired:
     for step in plan.steps[:6]:
         story.say(Kind.FOUND, f"{step.title} (locks {step.locks})")
     done = Repaired(proposal, recover.execute(box.cluster, plan, approve=plan.id).recovery)
-    tell_results(story, done)
+    tell_results(story, done.recovery)
     return done
 
 
-def tell_results(story: Story, done: Repaired) -> None:
+def blocked(recovery: Recovery | None) -> float | None:
+    """Seconds that writers were kept waiting, all steps together; None where nothing was done."""
+    return sum(result.blocked_seconds for result in recovery.results) if recovery else None
+
+
+def tell_results(story: Story, recovery: Recovery | None) -> None:
     """What each step did, and how long writers waited."""
-    if done.recovery is None:
+    if recovery is None:
         return
-    for result in done.recovery.results:
+    for result in recovery.results:
         story.say(
-            Kind.DONE if done.recovery.complete else Kind.FAILED,
+            Kind.DONE if recovery.complete else Kind.FAILED,
             f"{result.title}: {str(result.outcome).replace('_', ' ')} in {result.seconds:.2f} s,"
             f" writers waited {result.blocked_seconds:.2f} s"
-            + ("" if done.recovery.complete else f": {result.detail}"),
+            + ("" if recovery.complete else f": {result.detail}"),
         )
     story.say(
-        Kind.PROVED if done.recovery.verdict is Verdict.HELD else Kind.FAILED,
-        f"the checks that found the damage, asked again: {done.recovery.verdict}",
+        Kind.PROVED if recovery.verdict is Verdict.HELD else Kind.FAILED,
+        f"asked again afterwards: {recovery.verdict}",
     )
 
 
@@ -122,13 +138,31 @@ def ask_witness(box: Sandbox, story: Story) -> Kept:
     return kept
 
 
-def live_gates(repaired: Repaired, kept: Kept, proof: Proof) -> tuple[Gate, ...]:
+def live_gates(repaired: Repaired | Reverted, kept: Kept, proof: Proof) -> tuple[Gate, ...]:
     """The gates of a repair in place."""
     recovery = repaired.recovery
     complete = recovery is not None and recovery.verdict is Verdict.HELD
-    told = str(recovery.verdict) if recovery else "; ".join(repaired.proposal.plan.refused) or "nothing done"
+    told = str(recovery.verdict) if recovery else "; ".join(repaired.refused) or "nothing done"
     return (
         gate("repaired in place", complete, told),
         gate("no acknowledged commit lost", kept.all, str(kept)),
         gate("production proved", proof.verdict is Verdict.HELD, str(proof.verdict)),
     )
+
+
+def take_back(box: Sandbox, story: Story, xids: tuple[int, ...]) -> Reverted:
+    """Have `knockwood revert` plan and carry out the revert of transactions, keeping what came after them."""
+    proposal = revert.propose(box.cluster, revert.Wish(xids))
+    for reason in proposal.plan.refused:
+        story.say(Kind.FAILED, f"refused: {reason}")
+    for conflict in proposal.conflicts[:3]:
+        story.say(Kind.FAILED, f"conflict: {conflict.as_json()}")
+    if not proposal.plan.steps:
+        return Reverted(proposal, None)
+    kept = sum(known.dependent.kept for known in proposal.dependents)
+    for step in proposal.plan.steps:
+        story.say(Kind.FOUND, f"plan {proposal.plan.id}: {step.title} (locks {step.locks})")
+    story.say(Kind.FOUND, f"{kept} later transactions wrote the same rows; their work stays")
+    done = Reverted(proposal, revert.execute(box.cluster, proposal).recovery)
+    tell_results(story, done.recovery)
+    return done
