@@ -85,6 +85,8 @@ def test_the_first_bad_commit_is_found_and_named(history: tuple[Protected, dict[
     assert found.last_good.commit is not None
     assert found.last_good.commit.xid == xids[16]
     assert found.examples == ({"a": "-17"},)
+    assert found.culprit is not None
+    assert [(table.name, table.inserted) for table in found.culprit.tables] == [("public.t", 1)]
     assert found.commits >= 24
     assert found.backups == 2
     assert len(found.probes) <= found.promised
@@ -116,6 +118,7 @@ def test_what_is_bad_from_the_start_never_bad_or_no_question(
         ask(made, sql=_NEGATIVE, since=f"before-{xids[17]}", until=f"before-{xids[12]}")
 
 
+@pytest.mark.slow
 def test_a_rule_that_was_mended_and_broken_again_is_told(new_server: ServerFactory) -> None:
     server = new_server(18, segment_megabytes=1)
     with protected(server, server.data_directory.parent / "kw") as made:
@@ -136,6 +139,7 @@ def test_a_rule_that_was_mended_and_broken_again_is_told(new_server: ServerFacto
         assert narrowed.first_bad.xid == last
 
 
+@pytest.mark.slow
 def test_states_before_the_table_was_there_are_not_checked(new_server: ServerFactory) -> None:
     server = new_server(18, segment_megabytes=1)
     with protected(server, server.data_directory.parent / "kw") as made:

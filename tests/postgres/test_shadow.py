@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fix_clones import Protected, one, protected, rows
+from knockwood.clone import spawn
 from knockwood.clone.shadow_state import read_record
 from knockwood.errors import HostError, LockHeldError, NoSpaceError, RefusedError
 from knockwood.host import files
-from knockwood.model import Finding, Location, Lsn, Severity, Verdict
+from knockwood.model import Finding, Location, Lsn, Severity, Timeline, Verdict, WalSegment
 from knockwood.operations import shadow, shadow_steps
 from knockwood.operations.cluster import Cluster
+from knockwood.postgres.connection import connect
+from knockwood.repository.archive import WalArchive
 from knockwood.settings import parse
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ import sys
 from pathlib import Path
 from knockwood.operations import shadow_steps
 from knockwood.operations.cluster import Cluster
+from knockwood.postgres.connection import connect
+from knockwood.repository.archive import WalArchive
 from knockwood.settings import parse
 cluster = Cluster.of(parse(Path(sys.argv[1]).read_text()), "shop")
 repository = cluster.repository()
@@ -252,7 +257,7 @@ def test_no_room_is_refused_before_anything_is_written(
         assert contents(cluster, made) == [1, 2]
 
 
-def test_it_stays_behind_and_finds_its_way_after_a_failover(new_server: ServerFactory) -> None:
+def test_it_stays_behind(new_server: ServerFactory) -> None:
     server = new_server(18, segment_megabytes=1)
     with protected(server, server.data_directory.parent / "kw") as made:
         made.insert(1)
@@ -269,3 +274,37 @@ def test_it_stays_behind_and_finds_its_way_after_a_failover(new_server: ServerFa
         assert contents(far, made) == [1]
         assert step(far, made).did == "stood"
         assert contents(far, made) == [1]
+
+
+@pytest.mark.slow
+def test_it_is_made_anew_after_a_failover_to_before_it(new_server: ServerFactory) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        cluster = cluster_of(made)
+        made.backup()
+        made.insert(1)
+        early = made.plan("latest")
+        made.insert(2)
+        step(cluster, made)
+        assert contents(cluster, made) == [1, 2]
+        # Somebody promotes a copy that had only the first row, and its WAL comes into the archive.
+        with spawn(made.repository, early, purpose="failover", registry=made.registry) as other:
+            other.promote()
+            with connect(other.dsn()) as connection:
+                connection.execute("set default_transaction_read_only = off")
+                connection.execute("insert into t values (7)")
+                connection.execute("select pg_switch_wal()")
+            archive = WalArchive(made.repository)
+            history = (other.data_directory / "pg_wal" / "00000002.history").read_text()
+            archive.put_history(Timeline(2), history)
+            for path in sorted((other.data_directory / "pg_wal").glob("00000002????????????????")):
+                segment = WalSegment.parse(path.name, archive.segment_bytes)
+                with connect(other.dsn()) as connection:
+                    [(flushed,)] = connection.execute("select pg_current_wal_flush_lsn()::text").fetchall()
+                if segment.end <= Lsn.parse(flushed):
+                    archive.put_segment(segment, path)
+        done = shadow_steps.step(cluster, made.repository, check=True)
+        assert done.did == "rebuilt"
+        assert "branched off" in done.waits_for
+        assert done.record.timeline == 2
+        assert contents(cluster, made) == [1, 7]

@@ -76,6 +76,7 @@ def copy_tree(
     began = clock.monotonic()
     work = _Copy(dict(links or {}), progress)
     with files.translated(into):
+        into.mkdir(mode=0o700)  # what is there already is not ours to remove
         try:
             work.folder(source, into)
         except BaseException:
@@ -96,12 +97,12 @@ class _Copy:
 
     def folder(self, source: Path, into: Path) -> None:
         info = source.stat()
-        into.mkdir(mode=0o700)
         for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
             path, copy = Path(entry.path), into / entry.name
             if entry.is_symlink():
                 self._link(path, copy)
             elif entry.is_dir(follow_symlinks=False):
+                copy.mkdir(mode=0o700)
                 self.folder(path, copy)
             elif entry.is_file(follow_symlinks=False):
                 self._file(path, copy)

@@ -7,8 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from knockwood.clone.registry import Registry
-from knockwood.errors import ObjectMissingError, TargetUnreachableError, UsageError
+from knockwood.errors import KnockwoodError, ObjectMissingError, TargetUnreachableError, UsageError
+from knockwood.history import marks
 from knockwood.history.bisect import Costs, Outcome, Restorable, Result, Search
+from knockwood.history.index import ArchiveIndex
+from knockwood.history.log import LogEntry, read_log
+from knockwood.history.log import Question as LogQuestion
+from knockwood.history.names import RelationNames
 from knockwood.history.states import States, open_states
 from knockwood.host import clock
 from knockwood.model import Commit, Lsn, Verdict
@@ -56,8 +61,8 @@ class Probe:
 class Bisection:
     """The answer. `commits` are those of the range; `last_good` is the state before `first_bad` if FOUND.
 
-    `last_good_commit` is None where that state lies at the start of the range and no commit is known
-    there. `suspects` are the commits among which the first bad one is (NARROWED; the first of
+    `culprit` is what the log tells of `first_bad` (its tables, its label); None where it cannot, with a
+    note. `suspects` are the commits among which the first bad one is (NARROWED; the first of
     `suspect_count`).
     """
 
@@ -65,6 +70,7 @@ class Bisection:
     outcome: Outcome
     verdict: Verdict
     first_bad: Commit | None
+    culprit: LogEntry | None
     last_good: Probe | None
     suspects: tuple[Commit, ...]
     suspect_count: int
@@ -130,7 +136,27 @@ def bisect(
         finally:
             run.bench.close()
         found = run.answer()
+    if found.first_bad is not None:
+        tell("naming the tables")
+        culprit, problems = _culprit(cluster, repository, found.first_bad)
+        found = replace(found, culprit=culprit, notes=(*found.notes, *problems))
     return replace(found, seconds=clock.monotonic() - began, notes=(*notes, *found.notes))
+
+
+def _culprit(
+    cluster: Cluster, repository: Repository, commit: Commit
+) -> tuple[LogEntry | None, tuple[str, ...]]:
+    """The first bad transaction as the log shows it; what hinders that is a note and no failure."""
+    try:
+        index = ArchiveIndex.open(repository, programs_for=cluster.programs)
+        names = RelationNames(repository, cluster.dsn)
+        asked = LogQuestion(since=commit.lsn, until=commit.lsn + 1)
+        log = read_log(index, names, asked, marks.read_all(repository), ())
+    except KnockwoodError as error:
+        return None, (f"which tables it changed could not be told: {error}",)
+    if not log.entries:
+        return None, ("which tables it changed is not in the log of the archive",)
+    return log.entries[0], ()
 
 
 class _Run:
@@ -218,6 +244,7 @@ class _Run:
             outcome=result.outcome,
             verdict=newest,
             first_bad=self.states.commit(first) if first is not None else None,
+            culprit=None,
             last_good=by_index.get(result.last_good) if result.last_good is not None else None,
             suspects=suspects,
             suspect_count=count,

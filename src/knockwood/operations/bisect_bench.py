@@ -144,6 +144,10 @@ class Bench:
     def _forward(self, clone: Clone, index: int) -> None:
         before, began = clone.reached_lsn, clock.monotonic()
         plan = self.plan_of(index, None)
+        begin = clone.plan.backup.start_lsn
+        # Of the WAL before the clone's own backup nothing is needed.
+        wal = tuple(piece for piece in plan.wal if piece.segment.end > begin)
+        plan = replace(plan, chain=clone.plan.chain, wal=wal)
 
         def advance(to: RestorePlan) -> Clone:
             clone.advance(to)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ def shadow_folder(cluster: Cluster) -> Path:
 
 def open_shadow(cluster: Cluster, repository: Repository) -> Shadow:
     """The cluster's shadow, ours until it is closed; LockHeldError while another process has it."""
+    _open_up(cluster)
     return Shadow.open(
         repository,
         shadow_folder(cluster),
@@ -77,7 +79,19 @@ def open_shadow(cluster: Cluster, repository: Repository) -> Shadow:
     )
 
 
-# --- holds ---
+def _open_up(cluster: Cluster) -> None:
+    """Let the account of root's servers pass through (not list) our own folders on the way to the shadow."""
+    if cluster.settings.shadow.folder is not None or not privileges.is_root():
+        return
+    folder = shadow_folder(cluster)
+    files.make_folder(folder, 0o711)
+    for each in (folder, *folder.parents[:2]):
+        mode = stat.S_IMODE(each.stat().st_mode)
+        if mode & 0o111 != 0o111:
+            each.chmod(mode | 0o111)
+
+
+# --- holds -------------------------------------------------------------------------------------------------
 
 
 def hold_for(holds: Holds, findings: Iterable[Finding], at: Lsn) -> tuple[Hold, ...]:

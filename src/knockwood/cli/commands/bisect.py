@@ -73,6 +73,9 @@ def _state(probe: Probe | None) -> dict[str, Any] | None:
 
 def _values(found: Bisection) -> dict[str, Any]:
     first = _commit(found.first_bad) if found.first_bad is not None else None
+    if first is not None:
+        culprit = found.culprit.as_json() if found.culprit is not None else {}
+        first |= {"tables": culprit.get("tables"), "label": culprit.get("label")}
     return {
         "outcome": str(found.outcome),
         "question": found.question.as_json(),
@@ -111,6 +114,14 @@ def _show(console: Console, found: Bisection) -> None:
     if found.first_bad is not None:
         bad = found.first_bad
         console.print(f"first bad: transaction [bold]{bad.xid}[/] at {bad.lsn}, {bad.time.isoformat()}")
+    if found.culprit is not None:
+        label = found.culprit.transaction.label
+        if label:
+            console.print(f"  labelled {escape(label)}", soft_wrap=True)
+        for table in found.culprit.tables:
+            counts = f"{table.inserted} inserted, {table.updated} updated, {table.deleted} deleted"
+            what = f", {table.what}" if table.what else ""
+            console.print(f"  {escape(table.name)}: {counts}{what}", soft_wrap=True)
     if found.last_good is not None:
         good = found.last_good
         named = f"transaction {good.commit.xid} at " if good.commit else ""
