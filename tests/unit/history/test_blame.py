@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import UTC, datetime
 
 from hypothesis import given
@@ -99,9 +100,7 @@ def test_every_deleted_row_is_seen_at_its_stop_with_as_few_stops_as_can_be(
         assert all(row.since < by.commit_lsn <= row.by.commit_lsn for row in group)
     # The rows that made a stop necessary do not overlap: no fewer stops can do.
     makers = [group[0] for _, group in stops]
-    assert all(
-        later.since >= earlier.by.commit_lsn for earlier, later in zip(makers, makers[1:], strict=False)
-    )
+    assert all(later.since >= earlier.by.commit_lsn for earlier, later in itertools.pairwise(makers))
 
 
 def test_how_often_a_number_was_used() -> None:
