@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,16 +226,36 @@ def fetch(
     progress: Report | None = None,
     workers: int = 4,
     part: Part | None = None,
+    flushing: bool = False,
 ) -> None:
     """Bring backup and WAL into the workspace and settle the server's configuration but for the goal.
 
-    With `part` only those files of the backup.
+    With `part` only those files of the backup, with `flushing` on their way to the disk already.
     """
-    began = clock.monotonic()
-    workspace, chain = clone.workspace, clone.plan.chain
     if clone.plan.backup.tablespaces:
         files.make_folder(tablespaces, 0o711)
-        privileges.give(tablespaces, workspace.account)
+        privileges.give(tablespaces, clone.workspace.account)
+    with ThreadPoolExecutor(1, thread_name_prefix="clone-wal") as beside:
+        # What a partial clone needs of the WAL depends on its files.
+        wal = beside.submit(clone.fill_spool, clone.plan, None, workers) if part is None else None
+        _fetch_files(clone, purpose, tablespaces, progress, workers, part, flushing)
+    if wal is None:
+        clone.fill_spool(clone.plan, progress, workers)
+    else:
+        wal.result()
+
+
+def _fetch_files(
+    clone: Clone,
+    purpose: str,
+    tablespaces: Path,
+    progress: Report | None,
+    workers: int,
+    part: Part | None,
+    flushing: bool,
+) -> None:
+    began = clock.monotonic()
+    workspace, chain = clone.workspace, clone.plan.chain
     fetch_chain(
         clone.repository,
         chain,
@@ -245,6 +266,7 @@ def fetch(
         workers=workers,
         progress=progress,
         sync=False,
+        flushing=flushing,
         part=part,
     )
     workspace.detach()
@@ -253,7 +275,6 @@ def fetch(
     clone.recovery.settings = goals.isolation_settings(clone.programs.major, workspace.root, purpose, needed)
     clone.recovery.settings |= goals.commit_timestamps(control)
     clone.timings.fetch = clock.monotonic() - began
-    clone.fill_spool(clone.plan, progress, workers)
 
 
 def control_data(programs: Programs, data_directory: Path) -> dict[str, str]:

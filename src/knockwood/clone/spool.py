@@ -69,9 +69,10 @@ class Spool:
         path = self.folder / piece.segment.name
         path.unlink(missing_ok=True)
         if piece.partial_name is None:
-            archive.fetch(piece.segment, path)
+            # Not durable: who restores flushes what is left of it with the rest, a clone nothing.
+            archive.fetch(piece.segment, path, durable=False)
         else:
-            archive.fetch_partial(piece.partial_name, path)
+            archive.fetch_partial(piece.partial_name, path, durable=False)
         privileges.give(path, self.account)
         self.sources[piece.segment.name] = piece.partial_name or ""
 

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,7 @@ _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
 _FLUSH_BYTES = 8 << 20
 _REMOVALS = 100
+_SYNCING = 16
 
 
 def fsync_file(path: Path) -> None:
@@ -73,6 +75,12 @@ def write_new(path: Path, chunks: Iterable[Chunk], mode: int = 0o600) -> int:
     return size
 
 
+def write_passing(path: Path, chunks: Iterable[Chunk], mode: int = 0o600) -> int:
+    """Write a file that nobody needs after a crash, and that must not exist yet; returns its bytes."""
+    with translated(path):
+        return _write(path, chunks, mode, durable=False)
+
+
 def _name_it(temporary: Path, path: Path) -> None:
     """Give a finished file its name; raises FileExistsError if that is taken."""
     try:
@@ -118,7 +126,7 @@ def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, chunks: Iterable[Chunk], mode: int) -> int:
+def _write(path: Path, chunks: Iterable[Chunk], mode: int, *, durable: bool = True) -> int:
     size = begun = 0
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb", buffering=0) as file:
         for chunk in chunks:
@@ -127,15 +135,35 @@ def _write(path: Path, chunks: Iterable[Chunk], mode: int) -> int:
                 written = file.write(view)
                 view = view[written:]
                 size += written
-            if size - begun >= _FLUSH_BYTES:
-                # Begin to write back now: the fsync at the end then waits for little, and a
-                # database on the same disk does not wait behind gigabytes of ours.
-                _libc.sync_file_range(
-                    file.fileno(), ctypes.c_int64(begun), ctypes.c_int64(size - begun), _SYNC_FILE_RANGE_WRITE
-                )
+            if durable and size - begun >= _FLUSH_BYTES:
+                begin_flush(file.fileno(), begun, size - begun)
                 begun = size
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     return size
+
+
+def begin_flush(handle: int, start: int, count: int) -> None:
+    """Have the system begin to write a range of a file to its disk; waits for nothing, promises nothing.
+
+    An fsync that comes later waits for little then, and a database on the same disk does not wait behind
+    gigabytes of ours.
+    """
+    _libc.sync_file_range(handle, ctypes.c_int64(start), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
+
+
+def sync_trees(roots: Iterable[Path]) -> None:
+    """Flush folders with all that is in them, but not what links there lead to."""
+    with ThreadPoolExecutor(_SYNCING) as pool:
+        for root in roots:
+            for _ in pool.map(fsync_file, _paths(root)):
+                pass
+
+
+def _paths(root: Path) -> Iterator[Path]:
+    for folder, _, names in os.walk(root):
+        yield Path(folder)
+        yield from (path for name in names if not (path := Path(folder) / name).is_symlink())
 
 
 def read_chunks(path: Path, size: int = 1 << 20, start: int = 0, end: int | None = None) -> Iterator[bytes]:

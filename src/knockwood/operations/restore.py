@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from knockwood.clone import goal as goals
 from knockwood.clone.goal import Goal
 from knockwood.clone.spawn import Clone, Timings, control_data, fetch, make, require_room
 from knockwood.clone.workspace import Workspace
 from knockwood.errors import RecoveryFailedError
-from knockwood.host import clock, files, privileges, processes
+from knockwood.host import clock, files, privileges
 from knockwood.host.privileges import Account
 from knockwood.model import Commit, Lsn, Timeline
 from knockwood.operations import half_done
@@ -126,9 +128,14 @@ def _bring_up(
     """Fetch, replay to the target, promote or not, shut down, and leave the data directory as its user's."""
     began = clock.monotonic()
     place = tablespaces or clone.workspace.tablespaces
-    fetch(clone, "restore", tablespaces=place, progress=progress, workers=workers)
+    fetch(clone, "restore", tablespaces=place, progress=progress, workers=workers, flushing=True)
     # Nothing may be lost by a crash once the restore is complete: all is flushed at the end, at once.
-    clone.recovery.settings |= {"fsync": "off", "max_wal_size": "4GB", "checkpoint_timeout": "30min"}
+    clone.recovery.settings |= {
+        "fsync": "off",
+        "max_wal_size": "4GB",
+        "checkpoint_timeout": "30min",
+        "shared_buffers": f"{_buffer_megabytes()}MB",
+    }
     _reserve_timelines(clone)
     reached = clone.replay(progress)
     warnings = _subscriptions(clone)
@@ -139,7 +146,7 @@ def _bring_up(
     _require_state(clone, "shut down" if promote else "shut down in recovery")
     _settle(clone, into, timeline, promote)
     warnings += _complete_configuration(clone)
-    _flush(clone)
+    _flush(clone, place)
     return RestoreOutcome(
         into=into,
         reached_lsn=reached,
@@ -152,6 +159,11 @@ def _bring_up(
         how_to_start=_how_to_start(into, clone.programs, clone.workspace.account, promote),
         warnings=(*clone.plan.warnings, *warnings),
     )
+
+
+def _buffer_megabytes() -> int:
+    # With few buffers replay writes and reads the same pages again and again.
+    return max(64, min(512, psutil.virtual_memory().available // 8 >> 20))
 
 
 def _reserve_timelines(clone: Clone) -> None:
@@ -253,10 +265,10 @@ def _complete_configuration(clone: Clone) -> list[str]:
     ]
 
 
-def _flush(clone: Clone) -> None:
-    # initdb's --sync-only flushes a whole cluster, tablespaces too, as pg_basebackup does at its end.
-    command: list[str | Path] = [clone.programs.path("initdb"), "--sync-only", "-D", clone.data_directory]
-    processes.run(command, account=clone.workspace.account, env={"LC_ALL": "C"})
+def _flush(clone: Clone, tablespaces: Path) -> None:
+    roots = (clone.data_directory, tablespaces) if clone.plan.backup.tablespaces else (clone.data_directory,)
+    with files.translated(clone.data_directory):
+        files.sync_trees(roots)
 
 
 def _how_to_start(into: Path, programs: Programs, account: Account | None, promoted: bool) -> tuple[str, ...]:

@@ -200,15 +200,15 @@ class WalArchive:
         data = b"".join(self.repository.read(self._stored(history_object(timeline))))
         return data.decode("utf-8", "surrogateescape")
 
-    def fetch(self, segment: WalSegment, into: Path) -> None:
+    def fetch(self, segment: WalSegment, into: Path, *, durable: bool = True) -> None:
         """Write a whole segment to the file `into`, which appears only when it is complete and right.
 
         Raises ObjectMissingError, ObjectDamagedError (also for a wrong size or header), WrongKeyError.
         """
         name = self._stored(segment_object(segment))
-        self._write(segment, into, self.repository.read(name), name)
+        self._write(segment, into, self.repository.read(name), name, durable)
 
-    def fetch_partial(self, name: str, into: Path) -> None:
+    def fetch_partial(self, name: str, into: Path, *, durable: bool = True) -> None:
         """Write a partial segment to `into`, followed by zeros up to the segment's size.
 
         Where it was replaced since it was listed, the same bytes come from what replaced it.
@@ -219,7 +219,7 @@ class WalArchive:
         stored = self.repository.find(wanted.name) or self._longer(wanted)
         chunks = _first(self.repository.read(stored), wanted.end - wanted.segment.start, stored)
         padding = wanted.segment.end - wanted.end
-        self._write(wanted.segment, into, _padded(chunks, padding), stored)
+        self._write(wanted.segment, into, _padded(chunks, padding), stored, durable)
 
     def _longer(self, wanted: Partial) -> str:
         source = self.inventory().source(wanted.segment)
@@ -229,11 +229,13 @@ class WalArchive:
             return self._stored(source.name)
         raise ObjectMissingError("not in the archive", where=wanted.name)
 
-    def _write(self, segment: WalSegment, into: Path, chunks: Iterator[bytes], name: str) -> None:
+    def _write(
+        self, segment: WalSegment, into: Path, chunks: Iterator[bytes], name: str, durable: bool
+    ) -> None:
         work = into.with_name(f"{into.name}.knockwood")
         work.unlink(missing_ok=True)
         try:
-            size = files.write_new(work, chunks)
+            size = files.write_new(work, chunks) if durable else files.write_passing(work, chunks)
             if size != segment.bytes:
                 raise ObjectDamagedError(
                     f"holds {size} bytes, segments of this cluster have {segment.bytes}", where=name
@@ -241,7 +243,8 @@ class WalArchive:
             check_header(segment, work, self.repository.header.system_identifier)
             with files.translated(into):
                 work.replace(into)
-                files.fsync_file(into.parent)
+                if durable:
+                    files.fsync_file(into.parent)
         finally:
             work.unlink(missing_ok=True)
 

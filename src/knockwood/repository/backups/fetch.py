@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +53,15 @@ def fetch_chain(
     workers: int = 2,
     progress: OnProgress | None = None,
     sync: bool = True,
+    flushing: bool = False,
     part: Part | None = None,
 ) -> None:
     """Restore the files of the last backup of `chain` (the full one first) into the new folder `into`.
 
     Tablespaces go to `tablespaces[oid]`, else to `tablespace_root/<oid>`, never to where they lay on
     the server. The control file comes last: until then nothing can start on `into`. With `sync` all is
-    on stable storage on return. What is there afterwards still needs its WAL (`backup_label` is kept).
+    on stable storage on return, with `flushing` on its way there. What is there afterwards still needs
+    its WAL (`backup_label` is kept).
 
     Raises DirectoryNotEmptyError, NoSpaceError, RefusedError, ObjectMissingError, ObjectDamagedError,
     WrongKeyError, ProgramsMissingError. After an error `into` holds what there was, and cannot start.
@@ -76,7 +78,7 @@ def fetch_chain(
     if part is None:
         _require_space(chain, into, layout)
     total = sum(backup.raw_bytes for backup in chain) if part is None else part.raw_bytes
-    job = _Job(repository, account, workers, _Meter(progress, total), part)
+    job = _Job(repository, account, workers, _Meter(progress, total), part, flushing)
     with files.translated(into):
         for folder in (into, *layout.tablespaces.values()):
             _make(folder, account)
@@ -183,6 +185,7 @@ class _Job:
     workers: int
     meter: _Meter
     part: Part | None
+    flushing: bool
 
 
 def _extract(job: _Job, backup: Backup, layout: Layout, *, hold: bool) -> None:
@@ -193,6 +196,7 @@ def _extract(job: _Job, backup: Backup, layout: Layout, *, hold: bool) -> None:
         hold_control_file=hold,
         on_bytes=job.meter.add,
         skip=lambda path: path == "tablespace_map" and bool(layout.tablespaces),
+        flushing=job.flushing,
     )
     if job.part is not None:
         job.part.extract(backup, extractor, job.workers)
@@ -293,22 +297,10 @@ def _finish(last: Backup, layout: Layout, account: Account | None, workers: int,
     if not control.is_file():
         raise RefusedError("the backup holds no control file", where=last.id, hint="use another backup")
     if sync:
-        _sync(layout, workers)
+        files.sync_trees((layout.root, *layout.tablespaces.values()))
     (root / MARK).unlink()
     control.rename(root / CONTROL_FILE)
     if sync:
         files.fsync_file(control.parent)
         files.fsync_file(root)
         files.fsync_file(root.parent)
-
-
-def _sync(layout: Layout, workers: int) -> None:
-    with ThreadPoolExecutor(workers * 4) as pool:
-        for folder in (layout.root, *layout.tablespaces.values()):
-            list(pool.map(files.fsync_file, _paths(folder)))
-
-
-def _paths(root: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(root):
-        yield Path(folder)
-        yield from (path for name in names if not (path := Path(folder) / name).is_symlink())
