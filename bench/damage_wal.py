@@ -18,6 +18,7 @@ from knockwood.model import WalSegment
 from knockwood.operations.check import check
 from knockwood.operations.freshness import bring_up_to_date
 from knockwood.operations.protect import receiving
+from knockwood.repository.backups.model import own_sha256
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, resolve
 from knockwood.repository.verify import verify
@@ -135,7 +136,7 @@ class StoredBackup:
         return value
 
     def write_backup(self, value: Mapping[str, Any]) -> None:
-        self._path.write_text(json.dumps(value))
+        self._path.write_text(json.dumps({**value, "sha256": own_sha256(value)}))
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()

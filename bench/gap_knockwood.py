@@ -17,6 +17,7 @@ from gap_barman import without_member
 from gap_tools import NotApplicableError, Source, only
 from knockwood.host import processes
 from knockwood.model import Lsn
+from knockwood.repository.backups.model import own_sha256
 from sandbox import Said, ask, knockwood_command, must, wait_until
 from zstd_files import compress, decompress
 
@@ -168,7 +169,7 @@ class Knockwood:
         (self._store / name).write_bytes(data)
 
     def write_backup(self, value: dict[str, Any]) -> None:
-        self._backup_file().write_text(json.dumps(value))
+        self._backup_file().write_text(json.dumps({**value, "sha256": own_sha256(value)}))
 
     def backup_value(self) -> dict[str, Any]:
         return self._backup()

@@ -25,6 +25,7 @@ from knockwood.postgres.binaries import Programs
 from knockwood.postgres.connection import connect
 from knockwood.repository import codec
 from knockwood.repository.archive import WalArchive
+from knockwood.repository.backups.model import own_sha256
 from knockwood.repository.targets import BeforeXid, Latest, ToLsn, resolve
 from knockwood.repository.verify import Verification, verify
 
@@ -208,6 +209,19 @@ def test_a_backup_label_removed_with_all_bookkeeping_redone(whole: Archived) -> 
     assert [one.backup for one in found.unusable] == [backup.id]
 
 
+def test_a_changed_description_is_damage_and_its_backup_is_restored_from_no_more(whole: Archived) -> None:
+    (backup,) = whole.backups
+    path = whole.root / f"backups/{backup.id}/backup.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"stop_lsn": str(backup.start_lsn)}))
+    found = verify(whole.repository)
+    assert found.verdict is Verdict.BROKEN
+    assert [d.object for d in found.damaged] == [str(path)]
+    assert "own sha256" in found.damaged[0].reason
+    with pytest.raises(TargetUnreachableError):
+        resolve(whole.repository, Latest(), programs_for=lambda _: whole.server.programs)
+
+
 def test_a_file_altered_with_all_bookkeeping_redone_is_found_by_a_full_run(whole: Archived) -> None:
     (backup,) = whole.backups
     assert verify(whole.repository, full=True).verdict is Verdict.HELD
@@ -224,7 +238,7 @@ def test_a_file_altered_with_all_bookkeeping_redone_is_found_by_a_full_run(whole
     for entry in value["packs"]:
         if entry["name"] == pack.name:
             entry |= {"bytes": counted.bytes, "sha256": counted.sha256}
-    path.write_text(json.dumps(value))
+    path.write_text(json.dumps(value | {"sha256": own_sha256(value)}))
     found = verify(whole.repository, full=True)
     assert [d.object for d in found.damaged] == [pack.name]
     assert inside["path"] in found.damaged[0].reason
@@ -257,7 +271,7 @@ def _without_label(made: Archived) -> None:
             entry |= {
                 "bytes": counted.bytes, "sha256": counted.sha256, "raw_bytes": len(new[entry["name"]]),
             }  # fmt: skip
-    path.write_text(json.dumps(value))
+    path.write_text(json.dumps(value | {"sha256": own_sha256(value)}))
 
 
 def test_an_old_object_is_found_when_its_turn_comes(made: Archived) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from knockwood.errors import ObjectMissingError, RepositoryFormatError, TargetUnreachableError
+from knockwood.errors import (
+    ObjectDamagedError,
+    ObjectMissingError,
+    RepositoryFormatError,
+    TargetUnreachableError,
+)
 from knockwood.host import clock
 from knockwood.model import Lsn, Timeline, Verdict, WalRange
 
@@ -131,7 +138,7 @@ class Backup:
         return (*self.packs, self.members, self.relations, self.manifest)
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        value = {
             "format": FORMAT,
             "id": self.id,
             "kind": self.kind,
@@ -156,16 +163,26 @@ class Backup:
             "settings": dict(self.settings),
             "health": self.health.as_json(),
         }
+        return value | {"sha256": own_sha256(value)}
 
     @classmethod
     def from_json(cls, value: Any) -> Backup:
-        """Read what `as_json` wrote; raises RepositoryFormatError for anything else."""
+        """Read what `as_json` wrote; raises RepositoryFormatError for anything else.
+
+        Raises ObjectDamagedError where it was changed since; the first versions wrote no sha256 to tell by.
+        """
         try:
             if int(value["format"]) > FORMAT:
                 raise RepositoryFormatError(
                     f"a newer Knockwood wrote this backup (format {value['format']})",
                     where=str(value.get("id")),
                     hint="upgrade Knockwood on this machine",
+                )
+            if "sha256" in value and value["sha256"] != own_sha256(value):
+                raise ObjectDamagedError(
+                    "the description of the backup was changed: it does not have its own sha256",
+                    where=str(value.get("id")),
+                    hint="use another backup, and look at the disk that holds the repository",
                 )
             return cls._read(value)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -199,6 +216,12 @@ class Backup:
             settings={str(k): str(v) for k, v in value["settings"].items()},
             health=BackupHealth.from_json(value["health"]),
         )
+
+
+def own_sha256(value: Mapping[str, Any]) -> str:
+    """The sha256 of a description without its member `sha256`: keys sorted, no spaces, ASCII."""
+    rest = {key: value[key] for key in value if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fix_archive import a_backup
-from knockwood.errors import ObjectMissingError, RepositoryFormatError, TargetUnreachableError
+from knockwood.errors import (
+    ObjectDamagedError,
+    ObjectMissingError,
+    RepositoryFormatError,
+    TargetUnreachableError,
+)
 from knockwood.model import Lsn, Verdict
 from knockwood.repository.backups.model import Backup, BackupHealth, BadPage, Pack, Tablespace, chain
 
@@ -47,11 +52,25 @@ def test_a_backup_survives_json(
     assert Backup.from_json(json.loads(json.dumps(backup.as_json()))) == backup
 
 
-@pytest.mark.parametrize("key", sorted(example().as_json()))
+@pytest.mark.parametrize("key", sorted(example().as_json().keys() - {"sha256"}))
 def test_a_description_that_lacks_something_is_refused(key: str) -> None:
     value = example().as_json()
-    del value[key]
+    del value[key], value["sha256"]
     with pytest.raises(RepositoryFormatError):
+        Backup.from_json(value)
+
+
+def test_a_description_of_the_first_versions_has_no_sha256_of_its_own() -> None:
+    value = example().as_json()
+    del value["sha256"]
+    assert Backup.from_json(value) == example()
+
+
+@pytest.mark.parametrize("key", ["stop_lsn", "checksums", "health", "sha256", "raw_bytes"])
+def test_a_description_that_was_changed_is_damaged(key: str) -> None:
+    value = example().as_json()
+    value[key] = {"stop_lsn": "0/1", "checksums": not value["checksums"], "raw_bytes": -1}.get(key, "x")
+    with pytest.raises(ObjectDamagedError, match="does not have its own sha256"):
         Backup.from_json(value)
 
 
