@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fix_cli import CommandLine, command_line
+from knockwood.host import processes
 
 if TYPE_CHECKING:
     from knockwood.postgres.binaries import Programs
@@ -217,14 +218,45 @@ def test_a_folder_that_is_not_free(line: CommandLine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("wal", "fetch"), ("wal", "fetch", "000000010000000000000001"), ("wal", "fetch", "a", "b", "c")],
-    ids=len,
+    [
+        ("wal", "fetch"),
+        ("wal", "fetch", "000000010000000000000001"),
+        ("wal", "fetch", "a", "b", "c"),
+        ("wal", "fetch", "nonsense", "to"),
+    ],
+    ids=" ".join,
 )
 def test_a_mistyped_restore_command_never_looks_like_the_end_of_the_archive(
     line: CommandLine, words: tuple[str, ...]
 ) -> None:
     assert line.run(*words).status == 200
     assert line.fails(200, "KW100", *words)["hint"]
+
+
+@pytest.mark.parametrize("name", ["00000009.history", "0000000100000000000000F0.00000028.backup"])
+def test_a_name_that_postgresql_may_ask_for_is_answered_in_silence(
+    line: CommandLine, tmp_path: Path, name: str
+) -> None:
+    ended = line.run("wal", "fetch", name, tmp_path / "wal")
+    assert (ended.status, ended.out, ended.err) == (1, "", "")
+
+
+def test_a_backup_without_data_checksums_is_not_called_held(
+    shared_folder: Path,
+    templates: Callable[[int, int], Path],
+    installations: dict[int, Programs],
+) -> None:
+    with command_line(shared_folder, templates(18, 1), installations[18]) as made:
+        server = made.server
+        server.stop("fast")
+        command = [server.programs.path("pg_checksums"), "--disable", "-N", "-D", server.data_directory]
+        processes.run(command, account=server.account)
+        server.start()
+        made.init()
+        made.edit("user=knockwood", "user=postgres")
+        [taken] = made("backup", status=2)["backups"]
+        assert taken["health"]["verdict"] == "not_checked"
+        assert [item["id"] for item in made("backups")["backups"]] == [taken["id"]]
 
 
 def test_wal_by_hand(line: CommandLine, tmp_path: Path) -> None:

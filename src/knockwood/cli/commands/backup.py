@@ -43,9 +43,8 @@ def backup(
         )
         _show_health(console, made)
 
-    # Without data checksums nothing was found wrong, and nothing was proved right: the backup is taken.
-    verdict = made.health.verdict
-    return Answer({"backups": [as_json(made)]}, show, None if verdict is Verdict.NOT_CHECKED else verdict)
+    # Without data checksums nothing was found wrong, and nothing was proved right: that is said, as ever.
+    return Answer({"backups": [as_json(made)]}, show, made.health.verdict)
 
 
 def _show_health(console: Console, made: Backup) -> None:
