@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from psycopg import sql
+
 from knockwood.errors import KnockwoodError, ObjectMissingError, RepositoryFormatError
 from knockwood.model import Verdict, worst
 from knockwood.operations.cluster import Cluster
@@ -19,6 +21,7 @@ from knockwood.postgres.connection import (
     translated,
     with_words,
 )
+from knockwood.postgres.online_backup import grant_to_begin, may_start
 
 EXTENSIONS = {
     "amcheck": "the heap and index checks need it",
@@ -83,6 +86,7 @@ def examine(cluster: Cluster) -> Diagnosis:
             items += _programs(cluster, facts)
             local = _files(cluster, facts)
             items.append(local)
+            items += _copying(connection, facts, local)
             items += _extensions(connection, cluster)
             reach = _reach(local.verdict, replication.verdict)
             items.append(_repository(cluster, facts))
@@ -205,6 +209,25 @@ def _files(cluster: Cluster, facts: ServerFacts) -> Prerequisite:
             f'data_directory = "{facts.data_directory}"',
         )
     return Prerequisite("files", Verdict.HELD, f"{folder} is readable")
+
+
+def _copying(connection: Connection, facts: ServerFacts, local: Prerequisite) -> Iterator[Prerequisite]:
+    """Whether full backups can be copied from the files, by several processes; else they are streamed."""
+    if local.verdict is not Verdict.HELD:
+        return
+    if facts.in_recovery:
+        yield Prerequisite("backup by files", Verdict.HELD, "a standby's backups are streamed")
+        return
+    who = sql.Identifier(connection.info.user).as_string(None)
+    may = may_start(connection)
+    yield Prerequisite(
+        "backup by files",
+        Verdict.HELD if may else Verdict.NOT_CHECKED,
+        "full backups are copied by several processes"
+        if may
+        else "full backups are streamed: the role may not begin one itself",
+        "" if may else grant_to_begin(facts.major).format(who) + ";",
+    )
 
 
 def _extensions(connection: Connection, cluster: Cluster) -> Iterator[Prerequisite]:

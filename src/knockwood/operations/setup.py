@@ -13,6 +13,7 @@ from knockwood.host import files
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.doctor import EXTENSIONS
 from knockwood.postgres.connection import connect, server_facts, translated, with_words
+from knockwood.postgres.online_backup import grant_to_begin
 from knockwood.repository.repository import Repository
 from knockwood.settings import parse
 
@@ -97,6 +98,8 @@ def prepare(name: str, dsn: str, repository: str, data_directory: Path | None, r
         statements.append(_statement(maintenance, "GRANT pg_monitor, pg_read_all_data TO {}", who))
         if facts.major >= 15:
             statements.append(_statement(maintenance, "GRANT pg_checkpoint TO {}", who))
+        # A full backup copies the files with several processes where it may; the server's stream needs none.
+        statements.append(_statement(maintenance, grant_to_begin(facts.major), who))
     for database in databases:
         statements += _extension_statements(dsn, database, role, superuser=bool(exists and exists[0]))
     own = with_words(dsn, user=role) if exists is None or "user" in conninfo.conninfo_to_dict(dsn) else dsn

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from psycopg import sql
+
 from knockwood.errors import MissingPrivilegeError, PostgresError
 from knockwood.model import Lsn, Timeline
 from knockwood.postgres.connection import Connection, connect, translated, with_words
 
-_GRANT = (
-    "GRANT EXECUTE ON FUNCTION pg_catalog.pg_backup_start(text, boolean),"
-    " pg_catalog.pg_backup_stop(boolean) TO knockwood;"
-)
-_GRANT_14 = (
-    "GRANT EXECUTE ON FUNCTION pg_catalog.pg_start_backup(text, boolean, boolean),"
-    " pg_catalog.pg_stop_backup(boolean, boolean) TO knockwood;"
-)
+_FUNCTIONS = ("pg_backup_start(text, boolean)", "pg_backup_stop(boolean)")
+_FUNCTIONS_14 = ("pg_start_backup(text, boolean, boolean)", "pg_stop_backup(boolean, boolean)")
+
+
+def grant_to_begin(major: int) -> str:
+    """The SQL that lets a role (`{}`) begin and end backups, in the database that it connects to."""
+    names = _FUNCTIONS if major >= 15 else _FUNCTIONS_14
+    return f"GRANT EXECUTE ON FUNCTION {', '.join(f'pg_catalog.{name}' for name in names)} TO {{}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class OnlineBackup:
             with translated(self._dsn):
                 row = self._connection.execute(query, values).fetchone()
         except MissingPrivilegeError as error:
-            error.hint = _GRANT_14 if self._old else _GRANT
+            error.hint = grant_to_begin(14 if self._old else 15).format(_role(self._connection)) + ";"
             raise
         assert row is not None
         return row
@@ -107,11 +109,7 @@ class OnlineBackup:
 def may_start(connection: Connection) -> bool:
     """Whether the role may begin and end such backups."""
     old = connection.info.server_version < 150000
-    names = (
-        ("pg_start_backup(text,boolean,boolean)", "pg_stop_backup(boolean,boolean)")
-        if old
-        else ("pg_backup_start(text,boolean)", "pg_backup_stop(boolean)")
-    )
+    names = _FUNCTIONS_14 if old else _FUNCTIONS
     with translated():
         row = connection.execute(
             "select pg_catalog.bool_and(pg_catalog.has_function_privilege('pg_catalog.' || name, 'execute'))"
@@ -119,6 +117,10 @@ def may_start(connection: Connection) -> bool:
             [list(names)],
         ).fetchone()
     return bool(row and row[0])
+
+
+def _role(connection: Connection) -> str:
+    return sql.Identifier(connection.info.user).as_string(None)
 
 
 def parse_map(text: str) -> dict[int, str]:
