@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knockwood.errors import HostError, ProgramsMissingError, UnsupportedVersionError
-from knockwood.host import privileges, processes
+from knockwood.host import clock, privileges, processes
 from knockwood.host.privileges import Account
+from knockwood.host.processes import ProcessIdentity
 
 SUPPORTED = range(14, 19)
 
@@ -25,6 +26,8 @@ _FOLDERS = (
     "/opt/homebrew/opt/postgresql@{major}/bin",
 )
 _VERSION = re.compile(r"\(PostgreSQL\) (\d+)(?:\.(\d+)|\w+)?")
+_COPY = re.compile(r"\.copy-(\d+)-(\d+\.\d+)-")
+_COPY_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +133,30 @@ def runnable_by(programs: Programs, account: Account | None) -> Programs:
     return Programs(programs.major, programs.minor, target / package.name / "pginstall" / "bin")
 
 
+def _sweep(shelf: Path) -> None:
+    """Remove the copies that killed processes did not finish."""
+    for left in shelf.glob(".copy-*"):
+        match = _COPY.match(left.name)
+        if match is not None:
+            dead = not ProcessIdentity(int(match[1]), float(match[2])).alive()
+        else:  # of a version that did not write down who copied
+            dead = clock.now().timestamp() - left.stat().st_mtime > _COPY_SECONDS
+        if dead:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _copy_package(package: Path, target: Path) -> None:
-    work = Path(tempfile.mkdtemp(prefix=".copy-", dir=target.parent))
+    _sweep(target.parent)
+    own = ProcessIdentity.own()
+    work = Path(tempfile.mkdtemp(prefix=f".copy-{own.pid}-{own.started:.2f}-", dir=target.parent))
+    try:
+        _fill(package, work)
+        _give_name(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _fill(package: Path, work: Path) -> None:
     shutil.copytree(package / "pginstall", work / package.name / "pginstall", symlinks=True)
     libraries = package.parent / f"{package.name}.libs"
     if libraries.exists():  # the programs look for it three folders above themselves
@@ -142,9 +167,11 @@ def _copy_package(package: Path, target: Path) -> None:
             if not path.is_symlink():
                 mode = path.stat().st_mode
                 path.chmod(mode | 0o044 | (0o011 if mode & 0o100 else 0))
+
+
+def _give_name(work: Path, target: Path) -> None:
     try:
         work.rename(target)
     except OSError:  # another process made the same copy in the meantime
-        shutil.rmtree(work)
         if not target.exists():
             raise

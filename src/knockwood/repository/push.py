@@ -39,6 +39,7 @@ NOT_IN_ARCHIVE: Final = 1
 FETCH_FAILED: Final = 200
 
 _LABEL = re.compile(r"[0-9A-F]{24}\.[0-9A-F]{8}\.backup\Z")
+_ODD = re.compile(r"[0-9A-F]{24}(?:\.[0-9A-F]{8}\.backup|\.partial)?\Z")
 _HISTORY = re.compile(r"([0-9A-F]{8})\.history\Z")
 
 
@@ -110,9 +111,10 @@ def _outcome(stored: bool) -> Pushed:
 def fetch(repository: Repository, name: str, destination: Path) -> Fetched:
     """Write the segment or history that PostgreSQL asks for to `destination`, all or nothing.
 
-    NOT_IN_ARCHIVE only if the archive certainly has no such file. Everything else raises; the caller
-    then ends with FETCH_FAILED (see `exit_status_of`). A segment of which only the beginning was
-    received is given filled with zeros: PostgreSQL replays up to its last whole record.
+    NOT_IN_ARCHIVE only if the archive certainly has no such file. Everything else raises, UsageError for
+    a name that PostgreSQL never asks for; the caller then ends with FETCH_FAILED (see `exit_status_of`).
+    A segment of which only the beginning was received is given filled with zeros: PostgreSQL replays up
+    to its last whole record.
     """
     archive = WalArchive(repository)
     history = _HISTORY.match(name)
@@ -126,6 +128,10 @@ def fetch(repository: Repository, name: str, destination: Path) -> Fetched:
     try:
         segment = WalSegment.parse(name, archive.segment_bytes)
     except ValueError:
+        if _ODD.match(name) is None:
+            raise UsageError(
+                f"not the name of a WAL file: {name!r}", hint="restore_command = 'knockwood wal fetch %f %p'"
+            ) from None
         # PostgreSQL asks for .backup and .partial names too in old corners; we keep none to give.
         return Fetched.NOT_IN_ARCHIVE
     return _fetch_segment(archive, segment, destination)
