@@ -185,9 +185,22 @@ def test_a_server_that_ran_meanwhile_makes_the_restored_one_old(tmp_path: Path) 
     assert whole(data) == "new"
 
 
-def test_a_mount_point_or_what_is_no_cluster_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: (data / "PG_VERSION").unlink(), "not a data directory"),
+        (lambda data: (data / "standby.signal").touch(), "is a standby"),
+        (lambda data: shutil.rmtree(data), "no data directory"),
+    ],
+    ids=["no cluster", "standby", "nothing"],
+)
+def test_what_is_not_safe_is_refused_and_changes_nothing(
+    tmp_path: Path, change: Callable[[Path], None], words: str
+) -> None:
     data, state, plan, handlers = case(tmp_path)
-    (data / "PG_VERSION").unlink()
+    change(data)
+    before = sorted(data.parent.rglob("*"))
     recovery = execution.execute(plan, handlers, state, approve=plan.id)
-    assert "not a data directory" in recovery.results[0].detail
+    assert words in recovery.results[0].detail
     assert execution.unfinished(state) == []
+    assert sorted(data.parent.rglob("*")) == before

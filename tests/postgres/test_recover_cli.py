@@ -14,6 +14,8 @@ import pytest
 from fix_cli import CommandLine, command_line
 from knockwood.postgres.connection import connect
 from knockwood.postgres.server import SUPERUSER
+from knockwood.repository.repository import Repository
+from knockwood.repository.storage import open_storage
 
 if TYPE_CHECKING:
     from knockwood.postgres.binaries import Programs
@@ -67,8 +69,12 @@ def test_three_small_repairs(line: CommandLine) -> None:
     assert line.execute("insert into t (a) values (77) returning id") == [(51,)]
     assert line.execute("select indisvalid from pg_index where indexrelid = 'twice'::regclass") == [(True,)]
 
-    record = line.repository / "recoveries" / f"{done['record']}.json"
-    assert json.loads(record.read_bytes())["recovery"]["verdict"] == "held"
+    store = Repository.open(open_storage(str(line.repository)))
+    record = store.find(f"recoveries/{done['record']}.json")
+    assert record is not None
+    kept = json.loads(b"".join(store.read(record)))
+    assert kept["recovery"]["verdict"] == "held"
+    assert kept["plan"]["id"] == shown["plan"]["id"]
     again = line("recover", *CHECKS, "--apply")
     assert kinds(again) == []
     assert line("verify")["damaged"] == [], "the record belongs to the repository"

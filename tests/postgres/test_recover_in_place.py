@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fix_cli import CommandLine, command_line
+from knockwood.host import privileges
 from knockwood.postgres.connection import connect
 from knockwood.postgres.server import SUPERUSER, LocalServer
+from knockwood.recover import execute as execution
 
 if TYPE_CHECKING:
     from knockwood.postgres.binaries import Programs
@@ -161,3 +165,74 @@ def test_no_room_or_no_such_target(line: CommandLine, monkeypatch: pytest.Monkey
     assert answer["plan"]["steps"] == []
     assert answer["plan"]["refused"]
     assert rows(line.server) == [1]
+
+
+@pytest.mark.slow
+def test_tablespaces_come_back_beside_and_the_old_ones_stay(line: CommandLine) -> None:
+    place = line.folder / "space"
+    place.mkdir()
+    privileges.give(place, line.server.account)
+    with connect(line.server.dsn()) as connection:
+        connection.execute(f"create tablespace fast location '{place}'".encode())
+    line.execute("create table far (a int) tablespace fast")
+    line.execute("insert into far values (7)")
+    line("backup")
+    line.execute("insert into far values (8)")
+    before = sorted(path for path in place.rglob("*"))
+    done = line("recover", "--in-place", "--apply", status=2)
+    [result] = done["recovery"]["results"]
+    assert result["outcome"] == "done", result
+    assert Path(result["values"]["tablespaces"]).is_dir()
+    assert sorted(path for path in place.rglob("*")) == before
+    server = started(line)
+    try:
+        with connect(server.dsn()) as connection:
+            assert connection.execute("select a from far order by a").fetchall() == [(7,), (8,)]
+            [(where,)] = connection.execute(
+                "select pg_tablespace_location(oid) from pg_tablespace where spcname = 'fast'"
+            ).fetchall()
+            assert where.startswith(result["values"]["tablespaces"])
+    finally:
+        server.stop("fast")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_real_restore_goes_on(line: CommandLine) -> None:
+    """The real command with the real restore, killed later and later; resumed and rolled back in turn."""
+    data = line.server.data_directory
+    server = line.server
+    line.in_process = False
+    kept, kills = 0, 0
+    number = 2
+    for tenths in range(3, 900, 7):
+        with connect(server.dsn()) as connection:
+            connection.execute(f"insert into t values ({number})".encode())
+        words = ("recover", "--in-place", "--apply", "--json")
+        text = line.config.read_text()
+        line.config.write_text(re.sub(r"(?m)^dsn = .*$", f'dsn = "{server.dsn()}"', text))
+        child = line.start(*words)
+        try:
+            child.wait(tenths / 10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        child.communicate()
+        ended = child.returncode >= 0
+        kills += not ended
+        assert (data / "PG_VERSION").exists()
+        left = execution.unfinished(line.state, "shop")
+        if left:
+            act = "--resume" if kills % 2 else "--roll-back"
+            done = line("recover", act, status=2 if kills % 2 else 1)
+            assert done["recovery"]["results"], done
+            assert execution.unfinished(line.state, "shop") == []
+        server.stop("fast")
+        server = started(line)
+        assert rows(server) == list(range(1, number + 1)), f"killed after {tenths / 10} s"
+        number += 1
+        kept = len(list(data.parent.glob("data.old-*")))
+        if ended:
+            break
+    server.stop("fast")
+    assert ended
+    assert kept > 0
+    assert kills > 2

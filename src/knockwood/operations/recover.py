@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from knockwood.errors import KnockwoodError, ObjectExistsError, RefusedError
-from knockwood.integrity.check import Budget, NotChecked, Subject
+from knockwood.integrity.check import Budget, NotChecked, Subject, Weight
+from knockwood.integrity.registry import select
 from knockwood.integrity.run import CheckProgress, Report
 from knockwood.model import Claim, Finding, Verdict
 from knockwood.model.recovery import Alternative, Plan, Recovery
 from knockwood.operations.check import check
 from knockwood.operations.cluster import Cluster
+from knockwood.operations.freshness import bring_up_to_date, require_complete
 from knockwood.operations.recover_facts import Wish, situation, subject_of
 from knockwood.recover import execute as execution
 from knockwood.recover import statements
@@ -249,8 +252,10 @@ class _Run:
             "plan": self.plan.as_json(),
             "recovery": recovery.as_json(),
         }
+        text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
         try:
-            self.repository.put_json(f"{FOLDER}{name}.json", content)
+            # Findings hold keys and rows: they are encrypted where backups are.
+            self.repository.put(f"{FOLDER}{name}.json", [text.encode()])
         except ObjectExistsError:
             pass  # a run that was killed had stored it
         self.record = name
@@ -271,10 +276,14 @@ def _checked_again(cluster: Cluster, plan: Plan, here: bool, progress: OnCheck |
         names.add("invariants")
     if not names:
         return
+    heavy = not here and any(each.weight is Weight.HEAVY for each in select(names))
     try:
+        if heavy:
+            # They look at a clone, which has to hold what was just mended.
+            require_complete(bring_up_to_date(cluster, cluster.repository()))
         report = check(cluster, sorted(names), here=here, progress=progress)
     except KnockwoodError as error:
-        yield Claim("checks that found the damage", Verdict.NOT_CHECKED, str(error))
+        yield Claim(f"checks again: {', '.join(sorted(names))}", Verdict.NOT_CHECKED, str(error))
         return
     for result in report.results:
         told = [f"{finding.summary} ({finding.location})" for finding in result.findings]

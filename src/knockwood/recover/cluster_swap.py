@@ -18,6 +18,7 @@ from knockwood.host import files, privileges
 
 _CONFIGURATION: Final = ("postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf")
 _LAST: Final = "PG_VERSION"
+_STANDBY: Final = ("standby.signal", "recovery.signal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,18 @@ def require_swappable(data: Path) -> Path:
         raise RefusedError("there is no data directory", where=str(data), hint=str(error)) from error
     if not (real / _LAST).is_file() or not (real / "global").is_dir():
         raise RefusedError("not a data directory", where=str(data))
+    if any((real / name).exists() for name in _STANDBY):
+        raise RefusedError(
+            "the cluster is a standby: restored, it would go its own way",
+            where=str(real),
+            hint="restore its primary, or build the standby anew from it",
+        )
+    if not os.access(real.parent, os.W_OK):
+        raise RefusedError(
+            "the folder that holds the data directory cannot be written",
+            where=str(real.parent),
+            hint="run knockwood as root or as the server's account",
+        )
     if real.stat().st_dev != real.parent.stat().st_dev:
         raise RefusedError(
             "the data directory is a mount point: it cannot change places with another",

@@ -240,7 +240,7 @@ def _show_executed(console: Console, done: Executed) -> None:
     for reason in refused:
         console.print(f"[yellow]not done[/] {escape(reason)}", soft_wrap=True)
     if done.record:
-        console.print(f"kept in the repository as recoveries/{done.record}.json")
+        console.print(f"kept in the repository as recoveries/{done.record}.json.zst")
     for note in done.notes:
         console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     console.print(f"recovery: {coloured(done.recovery.verdict)}")
