@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import psycopg
 
-from knockwood.errors import PostgresError, RefusedError
+from knockwood.errors import PostgresError, RefusedError, ServerDownError
 from knockwood.history.transaction import RowChange
 from knockwood.host import clock
 from knockwood.integrity.check import Invariant
@@ -141,9 +141,14 @@ class RevertHandler:
                 ) from error
             except psycopg.OperationalError as error:
                 return self._lost(work, error)
-            except psycopg.Error as error:
-                with translated():
-                    raise error
+            except (psycopg.Error, PostgresError) as error:
+                if isinstance(error, ServerDownError):
+                    raise
+                message = error.diag.message_primary if isinstance(error, psycopg.Error) else str(error)
+                hint = error.hint if isinstance(error, PostgresError) else None
+                raise RefusedError(
+                    f"the server refuses it: {message}; nothing was changed", hint=hint
+                ) from error
         raise AssertionError
 
     def _lost(self, work: _Work, error: psycopg.OperationalError) -> StepResult:
