@@ -18,7 +18,7 @@ PIP_SETTINGS := export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_U
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help install demo test test-all test-fault lint format lock bench bench-peers bench-exactness bench-kills bench-damage bench-pages clean
+.PHONY: help install demo test test-all test-fault lint format lock bench bench-peers bench-repair bench-exactness bench-kills bench-damage bench-pages clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -80,6 +80,9 @@ bench: install ## speed, as ratios measured in one run
 
 bench-peers: install ## the gap test, beside other backup tools
 	@exec $(BIN)/python bench/peers.py
+
+bench-repair: install ## repairs beside whole restores of the same database
+	@exec $(BIN)/python bench/repair_speed.py
 
 bench-damage: install ## every kind of damage done to a real cluster, and what found it
 	@exec $(BIN)/python bench/damage_table.py

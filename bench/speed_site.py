@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,11 +82,18 @@ class Site:
 
 
 @contextmanager
-def site(programs: Programs, work: Path, options: Options, *, peers: bool) -> Iterator[Site]:
-    """Make the cluster, fill it, and protect it; all of it ends with the context."""
+def site(
+    programs: Programs,
+    work: Path,
+    options: Options,
+    *,
+    peers: bool,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[Site]:
+    """Make the cluster, fill it, and protect it; all of it ends with the context. `settings` beat SETTINGS."""
     account = privileges.server_account()
     work.chmod(0o755)
-    server = new_server(programs, work / "pg", account, SETTINGS)
+    server = new_server(programs, work / "pg", account, SETTINGS | dict(settings or {}))
     source = Source(programs, account, work, server)
     ours = Knockwood(source, work / "knockwood")
     try:
