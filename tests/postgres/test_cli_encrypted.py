@@ -42,6 +42,10 @@ def test_identities(line: CommandLine, tmp_path: Path) -> None:
 
     # Another host without an identity goes on writing, also over what it finds stored.
     line.edit(setting, "")
+    # All of it was proved before, and yet nothing says now that it can be read.
+    blind = line("verify", status=2)
+    assert blind["verdict"] == "not_checked"
+    assert {"backups", "wal"} <= {one["part"].partition("/")[0] for one in blind["not_checked"]}
     line.execute("insert into t values (2)")
     line("backup", "--wal-timeout", "60")
     new = line.folder / "new"
@@ -52,6 +56,7 @@ def test_identities(line: CommandLine, tmp_path: Path) -> None:
     line.edit('keep = "30d"', f'{setting}keep = "30d"')
     error = line.fails(2, "KW504", "restore", "--to", "0/FFFFFF", "--accept-loss", "--into", new)
     assert str(wrong) not in str(error)
+    assert line("verify", status=2)["verdict"] == "not_checked"
     assert line("verify", "--full", status=2)["verdict"] == "not_checked"
     assert not new.exists()
 

@@ -32,6 +32,7 @@ from knockwood.repository.backups.listing import scan_backups
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.commits import ArchiveReader
 from knockwood.repository.inventory import ArchiveInventory, history_object
+from knockwood.repository.openable import cannot_open
 from knockwood.repository.proved import Proved, State
 from knockwood.repository.repository import HEADER, Repository, RepositoryHeader
 from knockwood.repository.route import Break, WalFacts
@@ -180,6 +181,7 @@ class _Run:
         backups, results = self._backups()
         inventory = self._inventory()
         facts = self._wal(inventory, backups)
+        self._not_checked += [NotChecked(*one) for one in cannot_open(self._repository, self._listing)]
         broken = {id: result.reason for id, result in results.items() if result.reason}
         found = survey(backups, inventory, facts, {k: v for k, v in broken.items() if v})
         open_gaps, acknowledged = self._sorted(found.gaps, inventory)
