@@ -11,6 +11,7 @@ from knockwood.host import clock
 from knockwood.integrity.checks.proof_age import newest_proof
 from knockwood.model import Commit, Lsn, Verdict, WalRange, WalSegment
 from knockwood.operations.cluster import Cluster
+from knockwood.recover.execute import unfinished
 from knockwood.repository import gaps, receive_server
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.listing import list_backups
@@ -75,6 +76,7 @@ def status(cluster: Cluster) -> Status:
     backups = list_backups(repository)
     if not backups:
         problems.append("there is no base backup: knockwood backup")
+    problems += _repairs(cluster)
     proof = newest_proof(repository)
     shown = {key: proof.get(key) for key in ("id", "verdict", "taken_at", "valid_until")} if proof else None
     unknown_gaps = [gap for gap in gaps.list_gaps(repository) if gap.acknowledged is None]
@@ -96,6 +98,19 @@ def status(cluster: Cluster) -> Status:
         tuple(problems),
         unknown,
     )
+
+
+def _repairs(cluster: Cluster) -> list[str]:
+    """Repairs that were killed or have failed: the cluster may be half mended."""
+    try:
+        entries = unfinished(cluster.state, cluster.name)
+    except KnockwoodError as error:
+        return [str(error)]
+    return [
+        f"a recovery begun {entry.started_at:%Y-%m-%d %H:%M:%S} UTC has not come to its end:"
+        " knockwood recover --resume, or --roll-back"
+        for entry in entries
+    ]
 
 
 def _recoverable(
