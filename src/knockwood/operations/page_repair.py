@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from knockwood.clone.partial import RelationKey, spawn_for
 from knockwood.clone.registry import Registry
-from knockwood.clone.spawn import Clone
+from knockwood.clone.spawn import Clone, spawn
 from knockwood.errors import KnockwoodError, RefusedError
 from knockwood.integrity.check import Budget, Subject
 from knockwood.integrity.relation_files import require_own_folder
@@ -43,7 +43,7 @@ from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, UnprovenError, good_images
 from knockwood.recover.pages_maps import rebuild_map
 from knockwood.recover.pages_session import Patience
-from knockwood.recover.pages_write import OutdatedError, Repaired, repair, standbys
+from knockwood.recover.pages_write import Images, OutdatedError, Repaired, repair, standbys
 from knockwood.recover.plan.pages import Procedure
 from knockwood.repository.backups.model import Progress
 from knockwood.repository.plans import RestorePlan
@@ -96,10 +96,12 @@ class PageRepairs:
             self._subject = subject
         return self._subject
 
-    def images(self, backup: str) -> Callable[[Target, Collection[int]], Good]:
+    def images(self, backup: str) -> Images:
         """Asks a clone of this backup, made or made anew as needed, for images."""
 
-        def ask(target: Target, blocks: Collection[int]) -> Good:
+        def ask(target: Target, blocks: Collection[int], before: Lsn | None = None) -> Good:
+            if before is not None:
+                return self._from_before(before, backup, target, blocks)
             key = (backup, target.owner_oid)
             clone = self._clones.get(key)
             if clone is None:
@@ -118,6 +120,19 @@ class PageRepairs:
                 raise
 
         return ask
+
+    def _from_before(self, lsn: Lsn, backup: str, target: Target, blocks: Collection[int]) -> Good:
+        """Images from before a record, of a whole clone: it has to be promoted to write them all down."""
+        plan = _before(self._newest(backup, target), lsn)
+        with spawn(
+            self.repository,
+            plan,
+            programs=self.cluster.programs(plan.backup.major),
+            purpose="page repair",
+            progress=self.progress,
+            registry=Registry(self.cluster.settings.proof.clones),
+        ) as clone:
+            return good_images(self.subject, clone, target, blocks)
 
     def forget(self, backup: str, target: Target) -> None:
         """Destroy the clone of a backup that holds the target: the next one stands at a later point."""

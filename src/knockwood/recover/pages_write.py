@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from knockwood.errors import HostError, RefusedError
 from knockwood.host import clock
@@ -23,17 +24,24 @@ from knockwood.recover.pages_images import Good
 from knockwood.recover.pages_session import Patience, Session, session
 from knockwood.recover.plan.page_masks import describe, same
 from knockwood.recover.plan.pages import (
+    HINT,
     Judgement,
     PageClass,
     Procedure,
     WalFacts,
     classify,
+    find_poison,
     segment_of,
     segment_path,
 )
 
 Keep = Callable[[str, bytes], None]
-Images = Callable[[Target, Collection[int]], Good]
+
+
+class Images(Protocol):
+    """Gives good images of blocks, the newest there are, or those from just before a record."""
+
+    def __call__(self, target: Target, blocks: Collection[int], before: Lsn | None = None) -> Good: ...
 
 
 class OutdatedError(RefusedError):
@@ -139,11 +147,21 @@ def repair(
         if page and block not in done.healthy:
             keep(f"{target.node[2]}-{block}.damaged", page)
     milder = seen.blocks(Procedure.WRITE)
+    wait = patience or Patience()
     for chosen, wanted in ((Procedure.WRITE, milder), (procedure, seen.blocks(procedure))):
         left = [block for block in wanted if block not in done.mended]
-        if left:
-            _one_lock(subject, seen, chosen, left, since, images, keep, patience or Patience(), done)
+        for before, blocks in _by_stop(seen, left).items():
+            _one_lock(subject, seen, chosen, blocks, since, images, before, keep, wait, done)
     return done
+
+
+def _by_stop(seen: Looked, blocks: Sequence[int]) -> dict[Lsn | None, list[int]]:
+    """The blocks by the record that their good image lies before; None: it is the newest."""
+    found: dict[Lsn | None, list[int]] = {}
+    for block in blocks:
+        poison = find_poison(seen.wal[block].records)
+        found.setdefault(poison.first_after if poison else None, []).append(block)
+    return found
 
 
 def _require(seen: Looked, procedure: Procedure) -> None:
@@ -166,6 +184,7 @@ def _one_lock(
     blocks: list[int],
     since: Lsn,
     images: Images,
+    before: Lsn | None,
     keep: Keep,
     patience: Patience,
     done: Repaired,
@@ -173,7 +192,11 @@ def _one_lock(
     target = seen.target
     good = None
     if procedure is not Procedure.SAVE_BUFFER:
-        good = images(target, blocks)
+        good = images(target, blocks, before)
+        if before is not None:
+            # A crash would replay the bad images since the last checkpoint over what is written now.
+            with subject.connect() as connection, translated():
+                connection.execute("checkpoint")
         untouched = [block for block in blocks if block in good.empty and not any(seen.pages[block] or b"x")]
         done.healthy += untouched
         blocks = [block for block in blocks if block not in untouched]
@@ -183,7 +206,8 @@ def _one_lock(
             raise RefusedError(f"block {min(good.empty)} is empty on the clone", where=target.name)
         # Without the lock first: what comes in under it is then short.
         until = facts.flush_wal(subject, target.database)
-        _require_current(facts.wal_facts(subject, target, blocks, good.reached, until), target)
+        later = facts.wal_facts(subject, target, blocks, good.reached, until)
+        _require_current(later, target, hints=before is not None)
         for block in blocks:
             keep(f"{target.node[2]}-{block}.good", good.images[block])
     mode = Judgement(PageClass.REFUSED, procedure, "").lock
@@ -191,7 +215,7 @@ def _one_lock(
         locked.lock(target, mode, patience)
         began = clock.monotonic()
         try:
-            work = _Work(locked, target, blocks, procedure, good, keep, done)
+            work = _Work(locked, target, blocks, procedure, good, before, keep, done)
             work.run(since)
         finally:
             locked.connection.rollback()
@@ -199,15 +223,17 @@ def _one_lock(
             done.locked_seconds += clock.monotonic() - began
 
 
-def _require_current(later: Mapping[int, WalFacts], target: Target) -> None:
+def _require_current(later: Mapping[int, WalFacts], target: Target, *, hints: bool) -> None:
+    """Raise unless no later record changed a block; with `hints` images for hint bits are no change."""
     for block, wal in sorted(later.items()):
         if not wal.known:
             raise RefusedError(
                 f"the image of block {block} is not proven the newest: {wal.reason}", where=target.name
             )
-        if wal.last is not None:
+        changes = [record for record in wal.records if not (hints and record.kind == HINT)]
+        if changes:
             raise OutdatedError(
-                f"block {block} was changed at {wal.last.lsn}, after the clone's end", where=target.name
+                f"block {block} was changed at {changes[-1].lsn}, after the clone's end", where=target.name
             )
 
 
@@ -220,6 +246,7 @@ class _Work:
     blocks: list[int]
     procedure: Procedure
     good: Good | None
+    before: Lsn | None
     keep: Keep
     done: Repaired
 
@@ -230,7 +257,7 @@ class _Work:
         blocks = [b for b in self.blocks if seen.judgements[b].procedure is not Procedure.NOTHING]
         if not blocks:
             return
-        images = self._images(blocks)
+        images = self._images(blocks, seen)
         for block in blocks:
             page = seen.pages[block]
             if page:
@@ -253,13 +280,29 @@ class _Work:
             return look(self.session, target, self.blocks, since)
         until = facts.flush_wal(subject, target.database)
         later = facts.wal_facts(subject, target, self.blocks, self.good.reached, until)
-        _require_current(later, target)
-        return look(self.session, target, self.blocks, since, self.good.wal)
+        _require_current(later, target, hints=self.before is not None)
+        known = {
+            block: WalFacts(True, (*wal.records, *later[block].records), wal.since, until)
+            for block, wal in self.good.wal.items()
+        }
+        return look(self.session, target, self.blocks, since, known)
 
-    def _images(self, blocks: list[int]) -> dict[int, bytes]:
+    def _images(self, blocks: list[int], seen: Looked) -> dict[int, bytes]:
+        if self.good is not None and self.before is not None:
+            redo = self._redo()
+            found = {}
+            for block in blocks:
+                last = seen.wal[block].last
+                if last is None or last.lsn >= redo:
+                    raise OutdatedError(
+                        f"block {block} was read again since the last checkpoint", where=self.target.name
+                    )
+                # As if the hints had been set on the good page: its LSN is again that of its last record.
+                found[block] = sealed(_with_lsn(self.good.images[block], last.end), block)
+            return found
         if self.good is not None:
             return {block: sealed(self.good.images[block], block) for block in blocks}
-        found: dict[int, bytes] = {}
+        found = {}
         flushed = facts.flush_wal(self.session.subject, self.target.database)
         for block in blocks:
             image = self.session.buffer_image(self.target, block)
@@ -268,6 +311,15 @@ class _Work:
                 raise RefusedError(f"block {block} has left the buffers", where=self.target.name)
             found[block] = sealed(image, block)
         return found
+
+    def _redo(self) -> Lsn:
+        """From here a crash would replay."""
+        with translated():
+            row = self.session.connection.execute(
+                "select redo_lsn::text from pg_catalog.pg_control_checkpoint()"
+            ).fetchone()
+        assert row is not None
+        return Lsn.parse(row[0])
 
     def _write(self, blocks: list[int], images: Mapping[int, bytes]) -> None:
         folder = self.session.subject.data_directory
@@ -320,6 +372,11 @@ class _Work:
         if problems:
             return f"amcheck: {'; '.join(problems[:3])}"
         return "the server reads the pages as written, and amcheck finds nothing"
+
+
+def _with_lsn(page: bytes, lsn: Lsn) -> bytes:
+    high, low = lsn.value >> 32, lsn.value & 0xFFFF_FFFF
+    return high.to_bytes(4, "little") + low.to_bytes(4, "little") + page[8:]
 
 
 def standbys(subject: Subject) -> tuple[str, ...]:

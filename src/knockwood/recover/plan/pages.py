@@ -245,6 +245,8 @@ def _saved(buffers: InBuffers, wal: WalFacts, what: str) -> Judgement:
     last = wal.last
     if not wal.known:
         return _refuse(f"{what}, but the WAL cannot be read to prove it the newest: {wal.reason}")
+    if find_poison(wal.records) is not None:
+        return _refuse(f"{what}, but that one was made from a page that had lost changes")
     if last is not None and buffers.lsn <= last.lsn:
         return _refuse(f"{what}, but that one is older ({buffers.lsn}) than its last record ({last.lsn})")
     return Judgement(
@@ -257,6 +259,9 @@ def _readable(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFac
     if not wal.known:
         return _refuse(f"the page looks valid, and what it should be cannot be told: {wal.reason}")
     poison = find_poison(wal.records)
+    if poison is not None and only_hints_since(wal.records, poison):
+        reason = f"the page on disk is of {poison.stale_lsn}; since it was lost it was read, and nothing more"
+        return _replaced(PageClass.STALE, reason, buffers, server)
     if poison is not None:
         what = "zeroes" if poison.stale_lsn.value == 0 else f"an old page of {poison.stale_lsn}"
         return Judgement(
@@ -291,6 +296,16 @@ def _lost(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFactsFo
             f"the full-page image at {unknown[0].lsn} cannot be read:"
             " whether the archive has a good image cannot be told"
         )
+    damage = PageClass.ZEROED if disk.state == "zero" else PageClass.STALE
+    shown = "zero" if disk.state == "zero" else f"of {disk.lsn}"
+    told = (
+        f"its last record is {last.lsn}" if last else f"it had rows before {wal.since} if the clone has them"
+    )
+    return _replaced(damage, f"the page on disk is {shown}, {told}", buffers, server)
+
+
+def _replaced(damage: PageClass, reason: str, buffers: InBuffers, server: ServerFactsForPages) -> Judgement:
+    """Replace a page that can be read, if it can be kept out of the buffers."""
     if not server.sees_buffers:
         return _refuse(
             "without pg_buffercache and pageinspect nobody can tell whether a buffer holds the page"
@@ -300,12 +315,15 @@ def _lost(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFactsFo
             "the server holds the bad page in its buffers, and this version cannot drop it:"
             " restart the server and try again at once, or wait until the page has left the buffers"
         )
-    damage = PageClass.ZEROED if disk.state == "zero" else PageClass.STALE
-    shown = "zero" if disk.state == "zero" else f"of {disk.lsn}"
-    told = (
-        f"its last record is {last.lsn}" if last else f"it had rows before {wal.since} if the clone has them"
-    )
-    return Judgement(damage, Procedure.REPLACE, f"the page on disk is {shown}, {told}")
+    return Judgement(damage, Procedure.REPLACE, reason)
+
+
+def only_hints_since(records: Sequence[BlockRecord], poison: Poison) -> bool:
+    """Whether all that the WAL has of the block since the damage are images for hint bits.
+
+    Then nothing was built on the bad page: the page from just before the first of them is still the newest.
+    """
+    return all(record.kind == HINT for record in records if record.lsn >= poison.first_after)
 
 
 def find_poison(records: Sequence[BlockRecord]) -> Poison | None:
