@@ -108,10 +108,17 @@ class Plan:
 
     @property
     def id(self) -> str:
-        """A hash over everything that will be done: an approval of it holds for no other plan."""
+        """A hash over everything that will be done: an approval of it holds for no other plan.
+
+        Estimates are left out: measured again, they differ, and change nothing of what is done.
+        """
+        estimates = ("seconds", "blocked_seconds")
         content = {
             "cluster": self.cluster,
-            "steps": [step.as_json() for step in self.steps],
+            "steps": [
+                {name: value for name, value in step.as_json().items() if name not in estimates}
+                for step in self.steps
+            ],
             "expected_loss": self.expected_loss.as_json(),
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))

@@ -20,7 +20,6 @@ from knockwood.operations.cluster import Cluster
 from knockwood.postgres.connection import Connection, translated
 from knockwood.postgres.pages import PAGE_BYTES
 from knockwood.recover.plan.situation import Rates, Reach, RelationFact, Situation, WholeRestore
-from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, Target, resolve
 
@@ -53,6 +52,7 @@ def situation(
 ) -> Situation:
     """Everything known; what could not be asked is None."""
     known = _relations(subject, findings)
+    proof = _proof(repository)
     return Situation(
         cluster=cluster.name,
         major=subject.facts.major if subject else None,
@@ -62,10 +62,10 @@ def situation(
         superuser=subject.facts.is_superuser if subject else None,
         checksums=subject.facts.checksums if subject else None,
         standbys=_standbys(subject),
-        latest_proof=_proof(repository),
+        latest_proof=proof[0],
         checked={result.name: result.verdict for result in report.results} if report else {},
         relations=known,
-        rates=_rates(repository, report, known),
+        rates=Rates(_scan_rate(report, known), proof[1]),
         xids=wish.xids,
         whole=_whole(cluster, repository, wish),
     )
@@ -111,33 +111,21 @@ def _standbys(subject: Subject | None) -> tuple[str, ...] | None:
         return None
 
 
-def _proof(repository: Repository | None) -> Verdict | None:
+def _proof(repository: Repository | None) -> tuple[Verdict | None, float | None]:
+    """What the newest proof says, and how long it took to restore."""
     try:
         proof = newest_proof(repository) if repository else None
-        return Verdict(proof["verdict"]) if proof else None
-    except (KnockwoodError, KeyError, ValueError):
-        return None
+        return (Verdict(proof["verdict"]), float(proof["rto_seconds"])) if proof else (None, None)
+    except (KnockwoodError, KeyError, ValueError, TypeError):
+        return None, None
 
 
-def _rates(repository: Repository | None, report: Report | None, known: Mapping[str, RelationFact]) -> Rates:
-    """How fast backups were read here, and how fast the checks have read the tables just now."""
-    scan = None
+def _scan_rate(report: Report | None, known: Mapping[str, RelationFact]) -> float | None:
+    """How fast the checks have read the tables just now, in bytes per second."""
+    total = sum(relation.bytes or 0 for relation in known.values())
     for result in report.results if report else ():
-        total = sum(relation.bytes or 0 for relation in known.values())
         if result.name == "page_checksums" and result.seconds > 0.05 and total:
-            scan = total / result.seconds
-    return Rates(copy=_copy_rate(repository), scan=scan)
-
-
-def _copy_rate(repository: Repository | None) -> float | None:
-    try:
-        backups = list_backups(repository) if repository else []
-    except KnockwoodError:
-        return None
-    for backup in reversed(backups):
-        lasted = (backup.finished_at - backup.started_at).total_seconds()
-        if backup.raw_bytes and lasted > 0:
-            return backup.raw_bytes / lasted
+            return total / result.seconds
     return None
 
 

@@ -25,11 +25,11 @@ class RelationFact:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What was measured on this cluster, in bytes per second."""
+    """What was measured on this cluster. `scan`: bytes per second that tables are read; `proved_seconds`: how
+    long the newest proof took to restore all of it."""
 
-    copy: float | None = None
-    replay: float | None = None
     scan: float | None = None
+    proved_seconds: float | None = None
 
     @staticmethod
     def seconds(count: int | None, rate: float | None) -> float | None:
@@ -74,8 +74,6 @@ class Situation:
     superuser: bool | None = None
     checksums: bool | None = None
     standbys: tuple[str, ...] | None = None
-    shadow: bool | None = None
-    archive_complete: bool | None = None
     latest_proof: Verdict | None = None
     checked: Mapping[str, Verdict] = field(default_factory=dict)
     relations: Mapping[str, RelationFact] = field(default_factory=dict)

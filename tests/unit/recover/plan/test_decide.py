@@ -189,6 +189,8 @@ def test_estimates_come_from_measured_rates_only() -> None:
     known = replace(READY, relations=facts, rates=Rates(scan=1e8))
     assert decide([index()], known).steps[0].seconds == 10.0
     assert decide([index()], replace(known, rates=Rates())).steps[0].seconds is None
+    plans = {decide([index()], replace(known, rates=Rates(scan=rate))).id for rate in (1e7, 1e8, None)}
+    assert len(plans) == 1, "measured again, it is the same plan"
 
 
 # --- the whole cluster -----------------------------------------------------------------------------

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from knockwood.model.finding import Verdict
 from knockwood.model.recovery import Alternative, Precondition, Step
 from knockwood.recover.plan.damage import PHYSICAL, Damage, Kind
 from knockwood.recover.plan.offer import Offer, Rank, Turn, key
-from knockwood.recover.plan.situation import Rates, Situation, WholeRestore
+from knockwood.recover.plan.situation import Situation, WholeRestore
 
 _COVERED = PHYSICAL | {Kind.SEQUENCE}
 
@@ -17,7 +18,7 @@ def in_place(damages: Sequence[Damage], situation: Situation) -> Offer | None:
     whole = situation.whole
     if whole is None or not whole.ordered:
         return None
-    lasting = seconds(whole, situation)
+    lasting = seconds(situation)
     return Offer(
         Rank.RESTORE_IN_PLACE,
         Turn.PAGES,
@@ -30,7 +31,9 @@ def in_place(damages: Sequence[Damage], situation: Situation) -> Offer | None:
                 arguments=whole.arguments,
                 preconditions=(
                     Precondition("local reach", "the data directory lies on this machine"),
-                    Precondition("the target can be reached", f"from backup {whole.backup}"),
+                    Precondition(
+                        "the target can be reached", f"from backup {whole.backup}; {_proved(situation)}"
+                    ),
                     Precondition("room for a second cluster", "on the data directory's file system"),
                     Precondition("the server is stopped", "it is, or it is stopped when this step runs"),
                 ),
@@ -50,17 +53,23 @@ def _covers(damage: Damage, whole: WholeRestore) -> bool:
     return damage.kind in _COVERED or (damage.kind is Kind.ROWS and whole.rows_back)
 
 
+def _proved(situation: Situation) -> str:
+    if situation.latest_proof is Verdict.HELD:
+        return "the newest proof held"
+    return "no proof shows that the backups can be restored: knockwood prove"
+
+
 def alternatives(situation: Situation, chosen: bool) -> list[Alternative]:
     """The whole restores that were not chosen, with what they would lose, lock and last."""
     whole = situation.whole
     if whole is None:
         return []
     why = "a smaller repair heals what can be healed" if chosen else "it has to be ordered"
-    lasting = seconds(whole, situation)
+    lasting = seconds(situation)
     found = [
         Alternative(
             f"restore the cluster beside this one: knockwood restore --to {whole.target} --into DIR",
-            whole.refused or f"{why}; applications would have to move to it",
+            whole.refused or f"{why}; applications would have to move to it; {_proved(situation)}",
             whole.expected_loss,
             "nothing until applications move",
             lasting,
@@ -79,8 +88,7 @@ def alternatives(situation: Situation, chosen: bool) -> list[Alternative]:
     return found
 
 
-def seconds(whole: WholeRestore, situation: Situation) -> float | None:
-    """Copy the backup, then replay the WAL, as fast as was measured; None where a part is unknown."""
-    copy = Rates.seconds(whole.backup_bytes, situation.rates.copy)
-    replay = Rates.seconds(whole.wal_bytes, situation.rates.replay)
-    return round(copy + replay, 1) if copy is not None and replay is not None else None
+def seconds(situation: Situation) -> float | None:
+    """How long the newest proof took to restore the cluster; None where nothing was proved."""
+    proved = situation.rates.proved_seconds
+    return round(proved, 1) if proved is not None else None
