@@ -56,10 +56,14 @@ def ask(made: Protected, *, since: str | None = None, until: str | None = None, 
     return found
 
 
-@pytest.fixture
-def history(new_server: ServerFactory) -> Iterator[tuple[Protected, dict[int, int]]]:
+@pytest.fixture(
+    params=[pytest.param(15, marks=pytest.mark.slow), pytest.param(17, marks=pytest.mark.slow), 18]
+)
+def history(
+    new_server: ServerFactory, request: pytest.FixtureRequest
+) -> Iterator[tuple[Protected, dict[int, int]]]:
     """Two backups and 24 commits around them; the 17th is the first to write a negative number."""
-    server = new_server(18, segment_megabytes=1)
+    server = new_server(request.param, segment_megabytes=1)
     with protected(server, server.data_directory.parent / "kw") as made:
         made.backup()
         xids = {}

@@ -13,9 +13,9 @@ import pytest
 
 from fix_clones import Protected, one, protected, rows
 from knockwood.clone import spawn
-from knockwood.clone.shadow_state import read_record
+from knockwood.clone.shadow_state import read_record, write_record
 from knockwood.errors import HostError, LockHeldError, NoSpaceError, RefusedError
-from knockwood.host import files
+from knockwood.host import files, reflink
 from knockwood.model import Finding, Location, Lsn, Severity, Timeline, Verdict, WalSegment
 from knockwood.operations import shadow, shadow_steps
 from knockwood.operations.cluster import Cluster
@@ -83,8 +83,11 @@ def contents(cluster: Cluster, made: Protected) -> list[int]:
         return rows(held.standing().dsn())
 
 
-def test_it_follows_is_held_and_goes_on(new_server: ServerFactory) -> None:
-    server = new_server(18, segment_megabytes=1)
+@pytest.mark.parametrize(
+    "version", [pytest.param(15, marks=pytest.mark.slow), pytest.param(17, marks=pytest.mark.slow), 18]
+)
+def test_it_follows_is_held_and_goes_on(new_server: ServerFactory, version: int) -> None:
+    server = new_server(version, segment_megabytes=1)
     with protected(server, server.data_directory.parent / "kw") as made:
         cluster = cluster_of(made)
         made.insert(1)
@@ -151,11 +154,13 @@ def test_damage_found_on_the_live_server_holds_it_where_the_finding_says(new_ser
         lower = replace(found, location=Location(relation="t", lsn=before))
         shadow.hold_findings(cluster, [lower])
         assert shadow.status(cluster).past_hold
+        shares = reflink.can_share(made.folder)
         plan = made.plan("latest")
-        assert shadow.warm_clone(cluster, made.repository, plan) is None
+        assert shares or shadow.warm_clone(cluster, made.repository, plan) is None
         assert step(cluster, made).did == "rebuilt"
         assert contents(cluster, made) == [1]
-        unknown = replace(found, check="page_checksums", location=Location(file="base/5/1"))
+        unknown = replace(found, check="segment_files", location=Location(file="base/5/1"))
+        assert shadow.hold_findings(cluster, [replace(unknown, check="page_checksums")]) == ()
         [stands] = shadow.hold_findings(cluster, [unknown])
         assert stands.lsn == reached(cluster)
         configuration = replace(found, check="configuration")
@@ -166,7 +171,9 @@ def test_damage_found_on_the_live_server_holds_it_where_the_finding_says(new_ser
         assert shadow.hold_findings(replace(cluster, settings=off), [unknown]) == ()
 
 
-def test_it_is_lent_moved_copied_and_refused(new_server: ServerFactory) -> None:
+def test_it_is_lent_moved_copied_and_refused(
+    new_server: ServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = new_server(18, segment_megabytes=1)
     with protected(server, server.data_directory.parent / "kw") as made:
         cluster = cluster_of(made)
@@ -177,7 +184,9 @@ def test_it_is_lent_moved_copied_and_refused(new_server: ServerFactory) -> None:
         xid = made.insert(3)
         made.insert(4)
         before, latest = made.plan(f"before-{xid}"), made.plan("latest")
-        warm = shadow.warm_clone(cluster, made.repository, before, registry=made.registry)
+        with monkeypatch.context() as nothing_shared:
+            nothing_shared.setattr(reflink, "can_share", lambda folder: False)
+            warm = shadow.warm_clone(cluster, made.repository, before, registry=made.registry)
         assert warm is not None
         with warm:
             assert rows(warm.dsn()) == [1, 2]
@@ -202,7 +211,7 @@ def test_it_is_lent_moved_copied_and_refused(new_server: ServerFactory) -> None:
         assert contents(cluster, made) == [1, 2, 3]
         assert latest.target_lsn is not None
         shadow.hold(cluster, latest.target_lsn, "by hand")
-        assert shadow.warm_clone(cluster, made.repository, latest) is None
+        assert reflink.can_share(made.folder) or shadow.warm_clone(cluster, made.repository, latest) is None
         assert step(cluster, made).did == "held"
 
 
@@ -274,6 +283,26 @@ def test_it_stays_behind(new_server: ServerFactory) -> None:
         assert contents(far, made) == [1]
         assert step(far, made).did == "stood"
         assert contents(far, made) == [1]
+
+
+def test_wal_is_fetched_again_after_the_machine_was_started_anew(new_server: ServerFactory) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        cluster = cluster_of(made)
+        made.backup()
+        made.insert(1)
+        step(cluster, made)
+        folder = shadow.shadow_folder(cluster)
+        record = read_record(folder)
+        assert record is not None
+        assert record.spool
+        # What was not flushed is lost: files of the right size that hold nothing.
+        for path in (folder / "clone" / "spool").iterdir():
+            path.write_bytes(bytes(path.stat().st_size))
+        write_record(folder, replace(record, boot="another"))
+        made.insert(2)
+        assert step(cluster, made).did == "advanced"
+        assert contents(cluster, made) == [1, 2]
 
 
 @pytest.mark.slow

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from knockwood.clone.spawn import Clone, Report, control_data
-from knockwood.errors import HostError, RefusedError, TargetUnreachableError
+from knockwood.errors import HostError, RefusedError
 from knockwood.model import Lsn
-from knockwood.repository.onward import Bounds, onward
+from knockwood.repository.onward import wal_to
 from knockwood.repository.targets import RestorePlan
 
 
@@ -38,16 +38,10 @@ def redo_position(clone: Clone) -> Lsn:
 def needed(clone: Clone, plan: RestorePlan) -> RestorePlan:
     """The plan for a settled clone: WAL from its own redo position on, read and found whole up to the target.
 
-    Raises TargetUnreachableError where it is not whole, or the target is no commit of the plan's timeline.
+    Raises TargetUnreachableError where it is not whole.
     """
     if plan.target_lsn is None:
-        raise RefusedError("a clone goes on to a commit only", hint="name an LSN of a commit, or a time")
-    bounds = Bounds(plan.target_lsn, plan.target_lsn + 1)
+        raise RefusedError("a clone goes on to a record only", hint="name an LSN of a commit, or a time")
     redo = redo_position(clone)
-    found = onward(clone.repository, redo, bounds, clone.programs, timeline=plan.timeline)
-    if found.commit is None:
-        raise TargetUnreachableError(
-            f"the WAL from {redo} does not lead to {plan.target_lsn}: {found.reach.reason}",
-            hint="`knockwood verify` shows what the archive holds",
-        )
+    found = wal_to(clone.repository, redo, plan.target_lsn, clone.programs, timeline=plan.timeline)
     return replace(plan, chain=clone.plan.chain, wal=found.pieces, histories=found.histories)

@@ -139,10 +139,8 @@ class Shadow:
     def position(self) -> Lsn:
         """No record at or after this was replayed; while it was moving, as far as it was going."""
         assert self.record is not None
-        stand = self.record.stand
-        assert stand is not None
-        going = self.record.going_to
-        return max(stand.reached, going + 1) if going is not None else stand.reached
+        assert self.record.position is not None
+        return self.record.position
 
     @property
     def past_hold(self) -> bool:

@@ -105,6 +105,14 @@ class ShadowRecord:
     def backup(self) -> Backup:
         return self.chain[-1]
 
+    @property
+    def position(self) -> Lsn | None:
+        """No record at or after this was replayed; while it moves, as far as it is going. None: being made."""
+        if self.stand is None:
+            return None
+        going = self.going_to
+        return max(self.stand.reached, going + 1) if going is not None else self.stand.reached
+
     def as_json(self) -> dict[str, Any]:
         return {
             "format": FORMAT,

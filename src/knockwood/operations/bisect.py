@@ -127,7 +127,7 @@ def bisect(
         if not freshness.complete:
             notes.append(freshness.detail)
     tell("reading the archive")
-    span = _range(cluster, repository, since, until or Latest(), notes)
+    span = _range(cluster, repository, since, until or Latest(), notes, tell)
     programs = cluster.programs(span.start.backup.major)
     with open_states(repository, span.end.timeline, span.low, span.high, programs) as states:
         run = _Run(cluster, repository, asked, span, states, confirm, tell)
@@ -184,7 +184,8 @@ class _Run:
         costs = Costs(states.position, tuple(self._restorable(index) for index in sorted(self.sources)))
         self.search = Search(states.last, costs, confirm=confirm)
         programs = cluster.programs(span.start.backup.major)
-        self.bench = Bench(repository, self._plan, costs, programs, self.registry, tell)
+        self.bench = Bench(repository, self._plan, costs, programs, self.registry, self._beside)
+        self._line = ""
         self.probes: list[Probe] = []
 
     def _restorable(self, index: int) -> Restorable:
@@ -216,7 +217,8 @@ class _Run:
         while (index := self.search.next(self.bench.held)) is not None:
             number = len(self.probes)
             left = self.search.seconds_left(self.bench.held)
-            self.tell(f"probe {number + 1} of about {number + self.search.likely()}, {left:.0f} s left")
+            self._line = f"probe {number + 1} of about {number + self.search.likely()}, {left:.0f} s left"
+            self.tell(self._line)
             began = clock.monotonic()
             clone, source = self.bench.bring(index, last_probe=self.search.remaining() <= 1)
             brought = clock.monotonic()
@@ -228,6 +230,9 @@ class _Run:
             commit = self._commit(index)
             lsn = commit.lsn if commit is not None else self.span.low
             self.probes.append(Probe(index, lsn, commit, seen, source, ended - began))
+
+    def _beside(self, text: str) -> None:
+        self.tell(f"{self._line}: {text}")
 
     def _commit(self, index: int) -> Commit | None:
         return self.states.commit(index) if index else self.span.start.last_commit
@@ -295,14 +300,29 @@ def _notes(result: Result, probes: dict[int, Probe]) -> list[str]:
 
 
 def _range(
-    cluster: Cluster, repository: Repository, since: Target | None, until: Target, notes: list[str]
+    cluster: Cluster,
+    repository: Repository,
+    since: Target | None,
+    until: Target,
+    notes: list[str],
+    tell: Progress,
 ) -> _Range:
     backups = list_backups(repository)
+
+    def plan(target: Target, backup: str | None) -> RestorePlan:
+        return resolve(
+            repository,
+            target,
+            backup=backup,
+            programs_for=cluster.programs,
+            progress=lambda done, total: tell(f"reading the archive, {done >> 20} of {total >> 20} MB"),
+        )
+
     if since is not None:
-        start = resolve(repository, since, programs_for=cluster.programs)
-        end = resolve(repository, until, backup=start.backup.id, programs_for=cluster.programs)
+        start = plan(since, None)
+        end = plan(until, start.backup.id)
     else:
-        start, end = _oldest(cluster, repository, backups, until, notes)
+        start, end = _oldest(backups, until, notes, plan)
     low = _after(start)
     high = max(_after(end), low) if since is None else _after(end)
     if high < low:
@@ -322,7 +342,10 @@ def _after(plan: RestorePlan) -> Lsn:
 
 
 def _oldest(
-    cluster: Cluster, repository: Repository, backups: Sequence[Backup], until: Target, notes: list[str]
+    backups: Sequence[Backup],
+    until: Target,
+    notes: list[str],
+    plan: Callable[[Target, str | None], RestorePlan],
 ) -> tuple[RestorePlan, RestorePlan]:
     """The state of the oldest backup from which whole WAL leads to the end, and the plan to the end."""
     refused: TargetUnreachableError | None = None
@@ -331,7 +354,7 @@ def _oldest(
             notes.append(f"backup {backup.id} has bad pages and was left out")
             continue
         try:
-            end = resolve(repository, until, backup=backup.id, programs_for=cluster.programs)
+            end = plan(until, backup.id)
         except (TargetUnreachableError, ObjectMissingError) as error:
             notes.append(f"backup {backup.id} does not lead to the end: {error.what}")
             refused = error if isinstance(error, TargetUnreachableError) else refused

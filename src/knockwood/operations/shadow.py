@@ -33,6 +33,8 @@ from knockwood.repository.targets import RestorePlan
 NOT_DAMAGE: Final = ABOUT_THE_SERVER | {"collations", "wraparound"}
 """Checks whose findings say nothing about what is in the pages and rows of the archive."""
 
+_NOT_IN_WAL: Final = frozenset({"page_checksums"})
+
 _POLL: Final = 0.2
 
 
@@ -113,15 +115,20 @@ def hold_for(holds: Holds, findings: Iterable[Finding], at: Lsn) -> tuple[Hold, 
 def hold_findings(cluster: Cluster, findings: Iterable[Finding]) -> tuple[Hold, ...]:
     """Set holds for damage that was found on the live server; nothing without a shadow in the settings.
 
-    A finding that does not say since when holds the shadow at its last clean stand, or where it stands.
+    A finding that does not say since when holds the shadow where it stands, or is going. A page that fails
+    its checksum holds nothing: PostgreSQL cannot read it, so it never comes into the WAL.
     """
     if not cluster.settings.shadow.enabled:
         return ()
     folder = shadow_folder(cluster)
     record = read_record(folder)
-    stand = (record.good or record.stand) if record is not None else None
-    damage = [found for found in findings if found.location.lsn is not None or stand is not None]
-    return hold_for(Holds(folder), damage, stand.reached if stand is not None else Lsn(0))
+    stand = record.position if record is not None else None
+    damage = [
+        found
+        for found in findings
+        if found.check not in _NOT_IN_WAL and (found.location.lsn is not None or stand is not None)
+    ]
+    return hold_for(Holds(folder), damage, stand if stand is not None else Lsn(0))
 
 
 def hold(cluster: Cluster, lsn: Lsn, reason: str) -> Hold:
@@ -196,8 +203,9 @@ def warm_clone(
     It is a copy where the file system shares bytes or the caller will open it for writes (`writable`);
     else the shadow itself, moved on to the target: `promote` is refused, `destroy` gives it back. Use it
     as any clone, as a context manager; `advance` goes on. None: no shadow, it stands past the target or
-    on another timeline, a hold lies before the target, another process keeps it for `wait` seconds, or
-    anything else that a cold clone (`clone.spawn`) may not be troubled by. Nothing of it is ever past a hold.
+    on another timeline, another process keeps it for `wait` seconds, or anything else that a cold clone
+    (`clone.spawn`) may not be troubled by. The shadow itself never passes a hold; a copy may, since at one
+    target it is no worse than a cold clone.
     """
     if not cluster.settings.shadow.enabled or plan.target_lsn is None:
         return None
@@ -214,6 +222,8 @@ def warm_clone(
                 return shadow.copy(plan, "warm clone", registry or _registry(cluster), progress)
             if writable:
                 return None
+        if not _may_move(shadow, plan):
+            return None
         clone = shadow.lend(plan, progress)
         lent = True
         return clone
@@ -241,7 +251,7 @@ def _patiently(cluster: Cluster, repository: Repository, wait: float) -> Shadow:
 
 
 def _can_serve(shadow: Shadow, plan: RestorePlan) -> bool:
-    if not shadow.ready or shadow.past_hold or plan.target_lsn is None:
+    if not shadow.ready or plan.target_lsn is None:
         return False
     record = shadow.record
     assert record is not None
@@ -254,11 +264,15 @@ def _can_serve(shadow: Shadow, plan: RestorePlan) -> bool:
         return False
     if record.going_to is not None and plan.target_lsn == record.going_to and not plan.inclusive:
         return False
+    return shadow.follows(plan)
+
+
+def _may_move(shadow: Shadow, plan: RestorePlan) -> bool:
     try:
         shadow.require_allowed(plan)
     except RefusedError:
         return False
-    return shadow.follows(plan)
+    return not shadow.past_hold
 
 
 def as_json(status: ShadowStatus) -> dict[str, Any]:

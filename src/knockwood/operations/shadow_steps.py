@@ -49,7 +49,8 @@ def run(
     on_error: Callable[[KnockwoodError], None],
     progress: Report | None = None,
 ) -> None:
-    """Step every `every` until `stop` is set. What a retry can mend is told and tried again."""
+    """Step every `every` until `stop` is set. What goes wrong in a step is told, and tried again at the next."""
+    check_names(cluster)
     repository = cluster.repository()
     while not stop.is_set():
         try:
@@ -73,6 +74,7 @@ def step(
     backup leads to an allowed point.
     """
     began = clock.monotonic()
+    check_names(cluster)  # a name that is none is told before anything is made
     moment = clock.now() - cluster.settings.shadow.behind
     with open_shadow(cluster, repository) as shadow:
         did, waits_for = _go_on(cluster, shadow, moment, progress)

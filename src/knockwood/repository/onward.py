@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from knockwood.errors import StorageUnavailableError
+from knockwood.errors import StorageUnavailableError, TargetUnreachableError
 from knockwood.model.proof import Commit
 from knockwood.model.wal import Lsn, Timeline
 from knockwood.postgres.binaries import Programs
@@ -66,6 +66,40 @@ def onward(
     Only WAL from `needed_from` on is read, record by record. Raises StorageUnavailableError where the
     archive changes faster than it can be read.
     """
+    return _read(
+        repository, programs, timeline, lambda reader, route: _look(reader, route, needed_from, bounds)
+    )
+
+
+def wal_to(
+    repository: Repository, needed_from: Lsn, target: Lsn, programs: Programs, *, timeline: Timeline
+) -> Onward:
+    """The WAL from a position up to the end of the record that starts at `target`, whatever that is.
+
+    Raises TargetUnreachableError where it is not whole, StorageUnavailableError as `onward` does.
+    """
+
+    def look(reader: ArchiveReader, route: Route) -> Onward:
+        # The record may go on into the next segment.
+        limit = min(route.archive_end(), target + route.segment_bytes)
+        reach = route.reach(needed_from, reader.read(route, needed_from, max(limit, needed_from)))
+        return _found(route, needed_from, min(limit, reach.end), None, reach)
+
+    found = _read(repository, programs, timeline, look)
+    if found.reach.end <= target:
+        raise TargetUnreachableError(
+            f"the WAL from {needed_from} does not lead to {target}: {found.reach.reason}",
+            hint="`knockwood verify` shows what the archive holds",
+        )
+    return found
+
+
+def _read(
+    repository: Repository,
+    programs: Programs,
+    timeline: Timeline | None,
+    look: Callable[[ArchiveReader, Route], Onward],
+) -> Onward:
     for _ in range(_ATTEMPTS):
         archive = WalArchive(repository)
         listing = archive.listing()
@@ -74,7 +108,7 @@ def onward(
         state = proved.load(repository, repository.storage.list(proved.FOLDER))
         with workplace() as folder:
             reader = ArchiveReader(repository, inventory, listing, programs, folder, state)
-            found = _look(reader, route, needed_from, bounds)
+            found = look(reader, route)
         if not reader.vanished:
             return found
     raise StorageUnavailableError(
@@ -97,6 +131,10 @@ def _look(reader: ArchiveReader, route: Route, needed_from: Lsn, bounds: Bounds)
         end = later.lsn if later is not None else end
     commit = reader.last(route, bounds.after, end) if bounds.after < end else None
     until = needed_from if commit is None else min(commit.lsn + route.segment_bytes, reach.end)
+    return _found(route, needed_from, until, commit, reach)
+
+
+def _found(route: Route, needed_from: Lsn, until: Lsn, commit: Commit | None, reach: Reach) -> Onward:
     pieces = route.pieces(needed_from, until)
     return Onward(
         route.timeline,
