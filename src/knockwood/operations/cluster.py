@@ -39,9 +39,13 @@ class Cluster:
         return self.settings.dsn
 
     @property
-    def spool(self) -> Path:
-        """Where the receiver keeps WAL that is not in the repository yet."""
+    def spools(self) -> Path:
+        """The folder of the receiver's spools: one for each cluster that has had this name."""
         return self.settings.wal.spool or self.state / self.name / "spool"
+
+    def spool(self, system_identifier: int) -> Path:
+        """Where the receiver keeps WAL that is not in the repository yet."""
+        return self.spools / str(system_identifier)
 
     @property
     def clones(self) -> Path:

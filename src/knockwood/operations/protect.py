@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from knockwood.errors import LockHeldError
 from knockwood.host import clock
 from knockwood.operations.cluster import Cluster
+from knockwood.operations.passing_slot import PassingSlot
 from knockwood.postgres.connection import connect, translated
 from knockwood.repository import receive, receive_server
 from knockwood.repository.backups.model import Backup
@@ -28,7 +29,8 @@ def receiver(cluster: Cluster, repository: Repository, on_event: OnEvent | None 
     return Receiver(
         repository,
         cluster.dsn,
-        cluster.spool,
+        cluster.spool(repository.header.system_identifier),
+        older_spool=cluster.spools,
         slot=wal.slot,
         synchronous=wal.synchronous,
         programs=programs,
@@ -43,6 +45,7 @@ def receive_forever(cluster: Cluster, on_event: OnEvent, stop: threading.Event, 
     Raises LockHeldError if another receiver is still at work after `wait` seconds.
     """
     repository = cluster.repository()
+    _passing(cluster, repository).forget()
     deadline = clock.monotonic() + wait
     while not stop.is_set():
         try:
@@ -56,7 +59,8 @@ def receive_forever(cluster: Cluster, on_event: OnEvent, stop: threading.Event, 
 
 @contextmanager
 def receiving(cluster: Cluster, repository: Repository) -> Iterator[Receiver]:
-    """Receive WAL beside the block."""
+    """Receive WAL beside the block; its slot stays."""
+    _passing(cluster, repository).forget()
     with receive.receiving(receiver(cluster, repository)) as running:
         yield running
 
@@ -68,13 +72,19 @@ def wal_arriving(
     """Make sure that WAL reaches the repository while the block runs.
 
     Where a receiver is at work already, or the server pushes by archive_command, nothing is added
-    (pushing archives whole segments only: with `also_beside_push` the tail is received too).
+    (pushing archives whole segments only: with `also_beside_push` the tail is received too). A slot that
+    was made for it goes at the end; that of a command that was killed is found and goes too.
     """
+    passing = _passing(cluster, repository)
     if not also_beside_push and _pushes(cluster):
+        if passing.left():
+            _drop_slot(cluster, repository, passing)
         yield
         return
     with ExitStack() as stack:
-        had_slot = _has_slot(cluster)
+        had_slot = _has_slot(cluster) and not passing.left()
+        if not had_slot:
+            passing.note()
         # From here on a slot may have been made, also by a receiver that was stopped while it started.
         try:
             try:
@@ -85,18 +95,26 @@ def wal_arriving(
         finally:
             stack.close()
             if not had_slot:
-                _drop_slot(cluster, repository)
+                _drop_slot(cluster, repository, passing)
 
 
-def _drop_slot(cluster: Cluster, repository: Repository) -> None:
+def _passing(cluster: Cluster, repository: Repository) -> PassingSlot:
+    folder = cluster.state / cluster.name
+    return PassingSlot(folder, repository.header.system_identifier, cluster.settings.wal.slot)
+
+
+def _drop_slot(cluster: Cluster, repository: Repository, passing: PassingSlot) -> None:
     """Drop the slot that was made for the block, unless a receiver has come that wants it."""
     # A slot that nobody reads makes the server keep WAL until its disk is full.
     name = cluster.settings.wal.slot
     held = lease(repository, receive.LEASE, "dropping a slot nobody reads")
     with suppress(LockHeldError), held, connect(cluster.dsn) as connection:
+        if not passing.noted():
+            return  # a standing receiver has come and gone: the slot is its own
         # A block that failed may not have come to make it; what failed is told, not this.
         if receive_server.find_slot(connection, name) is not None:
             receive_server.drop_slot(connection, name)
+        passing.forget()
 
 
 def _has_slot(cluster: Cluster) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from knockwood.errors import (
@@ -48,7 +49,8 @@ class Receiver:
 
     `partial_every`: seconds between two partials of the segment being written; with it comes the
     RPO. `synchronous`: pg_receivewal fsyncs and confirms at once, so that the server's
-    synchronous_standby_names can name `slot` and a commit waits for the spool.
+    synchronous_standby_names can name `slot` and a commit waits for the spool. `older_spool` is where
+    earlier versions kept the spool: what is this cluster's there is taken over.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Receiver:
         dsn: str,
         spool: Path,
         *,
+        older_spool: Path | None = None,
         slot: str = "knockwood",
         synchronous: bool = False,
         programs: Programs | None = None,
@@ -69,6 +72,7 @@ class Receiver:
         self.partial_every = partial_every
         self.failure: BaseException | None = None
         self.spool = Spool(spool, repository.header.segment_bytes)
+        self._older_spool = older_spool
         self._on_event = on_event
         archive = WalArchive(repository)
         self._uploader = Uploader(archive, self.spool, self._archived)
@@ -160,6 +164,7 @@ class Receiver:
                 locks.file_lock(self.spool.folder / "receiver.lock", "receiver"),
                 lease(self.repository, LEASE, f"wal receive of {self.repository.header.cluster}") as held,
             ):
+                self._take_over()
                 try:
                     while not stop.is_set():
                         self._turn(held)
@@ -173,6 +178,13 @@ class Receiver:
             with self._news:
                 self._ended = True
                 self._news.notify_all()
+
+    def _take_over(self) -> None:
+        older = self._older_spool
+        if older is None or not older.is_dir() or not replace(self.spool, folder=older).files():
+            return
+        with locks.file_lock(older / "receiver.lock", "receiver"):
+            self.spool.take_over(older, self.repository.header.system_identifier)
 
     def _turn(self, held: Lease) -> None:
         self._check_lease(held)

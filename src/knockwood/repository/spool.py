@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from knockwood.errors import ObjectDamagedError, WrongSystemError
 from knockwood.host import files
 from knockwood.model.wal import Lsn, Timeline, TimelineHistory, WalSegment
-from knockwood.repository.walfile import valid_end
+from knockwood.repository.walfile import check_header, valid_end
 
 _SEGMENT = re.compile(r"([0-9A-F]{24})(\.partial)?\Z")
 _HISTORY = re.compile(r"([0-9A-F]{8})\.history\Z")
@@ -115,6 +116,24 @@ class Spool:
                 files.fsync_file(self.folder)
             done.append(f"set {file.path.name} aside: {size} bytes instead of {self.segment_bytes}")
         return done
+
+    def take_over(self, older: Path, system_identifier: int) -> None:
+        """Move here what lies in another folder and is WAL of this cluster; the rest stays."""
+        moved = False
+        for file in Spool(older, self.segment_bytes).files():
+            place = self.folder / file.path.name
+            try:
+                check_header(file.segment, file.path, system_identifier)
+            except (WrongSystemError, ObjectDamagedError):
+                continue
+            if not place.exists():
+                with files.translated(place):
+                    file.path.rename(place)
+                moved = True
+        if moved:
+            with files.translated(self.folder):
+                files.fsync_file(self.folder)
+                files.fsync_file(older)
 
     def seed(self, segment: WalSegment) -> None:
         """Make `segment` the one where pg_receivewal begins, provided nothing ranks higher."""
