@@ -253,6 +253,7 @@ def test_the_index_says_what_pg_waldump_says(
     assert [one.xid for one in found] == order
     for one in found:
         assert_equal(one, told)
+    assert all(one.complete for one in found if one.xid >= xids["tables"])
     by_name = {
         name: index.transaction(xid)
         for name, xid in xids.items()

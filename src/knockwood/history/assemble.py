@@ -9,19 +9,15 @@ from datetime import datetime
 import numpy as np
 from numpy.typing import NDArray
 
+from knockwood.history.effects import changes_catalogs, relations_of
 from knockwood.history.endings import Ending, File, microseconds, moment
 from knockwood.history.store import Head, OpenTransaction, Transactions, labels_of
-from knockwood.history.summary import DELETED, IMAGE, INPLACE, INSERTED, KIND_BITS, TAKEN_BACK, UPDATED
-from knockwood.history.transaction import RelationChanges, Transaction
+from knockwood.history.summary import INPLACE, KIND_BITS, TAKEN_BACK
+from knockwood.history.transaction import Transaction
 from knockwood.model.wal import Lsn, TimelineHistory
 
 _HALF = 1 << 31
 _ROUND = 1 << 32
-_FIRST_NORMAL = 16384
-
-_STATISTICS = frozenset({2619, 2840, 3429, 3430, 3381})
-"""pg_statistic and its like, with their TOAST tables: ANALYZE changes them, and no definition."""
-
 _NOTHING = Ending()
 
 _MANY = 500
@@ -73,6 +69,8 @@ class Assembler:
         self._xid = asked.xid
         self._carried: dict[int, list[tuple[int, OpenTransaction]]] = {}
         self._newest: int | None = None
+        self._reached: int | None = None
+        self._whole_from: int | None = None
 
     # --- which segments ----------------------------------------------------------------------------
 
@@ -108,10 +106,22 @@ class Assembler:
 
     def skip(self, head: Head) -> None:
         """Note what a segment leaves open, without its transactions."""
+        self._look(head)
+        self._reached = head.end
         base = head.segment.start.value
         for part in head.opened:
             self._carried.setdefault(part.xid, []).append((base, part))
         self._forget(head)
+
+    def _look(self, head: Head) -> None:
+        """After a hole, and at the archive's beginning, transactions may have begun in what is not there."""
+        if self._reached is not None and head.start > self._reached:
+            self._whole_from = None
+        if self._whole_from is None or self._reached is None:
+            self._whole_from = head.next_xid
+
+    def _complete(self, xid: int) -> bool:
+        return self._whole_from is not None and (xid - self._whole_from) % _ROUND < _HALF
 
     def _forget(self, head: Head) -> None:
         """Xids go round: what was left open half a round ago (by a crash) belongs to nothing to come."""
@@ -127,6 +137,7 @@ class Assembler:
         self, head: Head, found: Transactions, *, last: int | None = None, largest: int | None = None
     ) -> Iterator[Transaction]:
         """The transactions of a segment that are asked for, in order; only the `last`, or the `largest`."""
+        self._look(head)
         columns = found.columns
         rows = self._candidates(head, found)
         if last is not None:
@@ -226,6 +237,7 @@ class Assembler:
             catalog_changes=changes_catalogs(total.counts, detail),
             gid=detail.gid or total.gid,
             label=total.label,
+            complete=self._complete(xids[0]),
         )
 
 
@@ -314,72 +326,3 @@ class _Searched:
     def of(self, value: int) -> range:
         low, high = np.searchsorted(self._column, (value, value + 1))
         return range(int(low), int(high))
-
-
-def relations_of(
-    counts: dict[File, list[int]], created: Sequence[File], detail: Ending
-) -> tuple[RelationChanges, ...]:
-    """What a transaction did to each file.
-
-    A file that it made belongs to a new relation if a relation of that very number was announced to other
-    sessions: only a new relation's first file has its relation's number. (It may be the relation that ALTER
-    TABLE and VACUUM FULL write to, whose file the old one then gets.) The other new files take the place of
-    as many dropped ones, in the same order; where the numbers do not agree (an index was dropped beside a
-    TRUNCATE) nothing is said but that the old files are gone.
-    """
-    own = set(created)
-    kept = [file for file in created if file not in detail.dropped]
-    fresh = [file for file in kept if (file[1], file[2]) not in detail.relations]
-    # The list of a commit record begins with what was to be dropped last.
-    gone = [file for file in reversed(detail.dropped) if file not in own]
-    successor = dict(zip(gone, fresh, strict=True)) if len(gone) == len(fresh) else {}
-    rewritten = {file for file in (kept if gone else fresh) if _filled(counts.get(file))}
-    files = {file for file, kinds in counts.items() if any(kinds[:3])} | set(gone) | rewritten
-    return tuple(
-        sorted(
-            _relation(
-                file,
-                counts.get(file, [0] * 6),
-                truncated=file in successor and successor[file] not in rewritten,
-                rewritten=file in rewritten or successor.get(file) in rewritten,
-                dropped=file in gone,
-            )
-            for file in files
-            if file not in detail.dropped or file in gone
-        )
-    )
-
-
-def _filled(kinds: list[int] | None) -> bool:
-    return kinds is not None and bool(kinds[INSERTED] or kinds[IMAGE])
-
-
-def _relation(
-    file: File, kinds: list[int], *, truncated: bool, rewritten: bool, dropped: bool
-) -> RelationChanges:
-    return RelationChanges(
-        tablespace=file[0],
-        database=file[1],
-        filenode=file[2],
-        inserted=kinds[INSERTED] - kinds[TAKEN_BACK],
-        updated=kinds[UPDATED],
-        deleted=kinds[DELETED],
-        truncated=truncated,
-        rewritten=rewritten,
-        dropped=dropped,
-    )
-
-
-def changes_catalogs(counts: dict[File, list[int]], detail: Ending) -> bool:
-    """Whether a transaction changed a definition (DDL), as far as its WAL tells.
-
-    Statistics and what VACUUM notes in place are no definitions. Catalogs that were rewritten (VACUUM FULL)
-    cannot be told from tables by their numbers: then every announced change counts.
-    """
-    if not detail.catalogs and not detail.relations:
-        return False
-    system = {file[2]: kinds for file, kinds in counts.items() if file[2] < _FIRST_NORMAL}
-    changed = {number for number, kinds in system.items() if any(kinds[:3])}
-    if changed:
-        return bool(changed - _STATISTICS)
-    return not any(kinds[INPLACE] for kinds in system.values())

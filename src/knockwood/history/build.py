@@ -99,7 +99,7 @@ class Indexer:
             found = read_segment(raw, self._pieces[number].segment, tail)
             if found.broken is not None or found.zeroes:
                 return None, True
-            seen = seen or bool(found.stretches) or found.tail.begun is not None
+            seen = seen or found.tail is not None
             tail = found.tail
         # A segment in the middle of a record tells nothing: the record's beginning is further back.
         return (tail, True) if seen else (None, False)

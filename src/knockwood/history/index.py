@@ -117,14 +117,13 @@ class ArchiveIndex:
         # The end of a record that began before all WAL there is: the archive begins after it.
         position = Lsn(first.head.start) if first.head is not None else first.piece.segment.start
         reason = ""
+        before: int | None = None
         for part in self._parts:
             segment = part.piece.segment
             begin = Lsn(part.head.start) if part.head is not None else segment.end
-            if segment.start > position:
-                name = self._segment_at(position)
-                reason = (
-                    reason if part.reason is None and position.value % segment.bytes else f"{name} is missing"
-                )
+            if before is not None and segment.number > before + 1:
+                reason = f"{self._missing(before + 1)} is missing"
+            before = segment.number
             if begin > position:
                 why = part.reason or reason
                 found += [NotCovered(piece, why) for piece in split(path, position, begin)]
@@ -144,9 +143,9 @@ class ArchiveIndex:
         """The heads of the segments that are indexed, in order."""
         return tuple(part.head for part in self._parts if part.head is not None)
 
-    def _segment_at(self, lsn: Lsn) -> str:
-        timeline = self._history.timeline_at(lsn)
-        return WalSegment.containing(timeline, lsn, self._route.segment_bytes).name
+    def _missing(self, number: int) -> str:
+        size = self._route.segment_bytes
+        return WalSegment(self._history.timeline_at(Lsn(number * size)), number, size).name
 
     # --- questions ----------------------------------------------------------------------------------
 
@@ -236,12 +235,26 @@ class ArchiveIndex:
         return Commit(found.xid, found.commit_lsn, found.commit_time)
 
     def _transactions_of(self, part: _Part) -> Transactions:
-        made = part.made
-        if made is not None and made.summary is not None:
-            summary = made.summary
-            return Transactions(summary.transactions, summary.details, summary.prepared, summary.created)
-        assert part.stored is not None
-        return store.read_transactions(self.repository, part.stored)
+        if part.made is None and part.stored is not None:
+            try:
+                return store.read_transactions(self.repository, part.stored)
+            except (ObjectDamagedError, ObjectMissingError):
+                self._remake(part)
+        summary = part.made.summary if part.made is not None else None
+        if summary is None:
+            raise ObjectMissingError(
+                "the segment's index is gone, and so is its WAL", where=part.piece.object
+            )
+        return Transactions(summary.transactions, summary.details, summary.prepared, summary.created)
+
+    def _remake(self, part: _Part) -> None:
+        """Index a segment again whose index cannot be read: nothing is lost with it."""
+        store.delete(self.repository, {part.piece.segment.name})
+        info = self.repository.storage.info(part.piece.object)
+        for run in runs_of([one.piece for one in self._parts]):
+            if part.piece in run and info is not None:
+                part.made = Indexer(self.repository, run).index(run.index(part.piece), info.bytes)
+                part.stored = keep(self.repository, part.made)
 
 
 def _largest(found: Sequence[Transaction], limit: int) -> list[Transaction]:

@@ -67,6 +67,7 @@ class LogEntry:
             "catalog_changes": one.catalog_changes,
             "gid": one.gid,
             "label": one.label,
+            "complete": one.complete,
         }
 
 
@@ -87,7 +88,8 @@ class Log:
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict.NOT_CHECKED if self.not_covered or not self.complete else Verdict.HELD
+        known = self.complete and all(entry.transaction.complete for entry in self.entries)
+        return Verdict.HELD if known and not self.not_covered else Verdict.NOT_CHECKED
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -63,13 +63,13 @@ class SegmentRecords:
     Valid from `start` (the first record's LSN; that of a record before the segment where its beginning
     was at hand) up to `end` (where the first record that does not end here begins, or the segment's end).
     `broken` says why the WAL stops being valid at `end`; `zeroes` that nothing more was written from there
-    on. The padding after a switch of segments belongs to the switch.
+    on. The padding after a switch of segments belongs to the switch. `tail` is None where it is not known.
     """
 
     stretches: tuple[Stretch, ...]
     start: int
     end: int
-    tail: Tail
+    tail: Tail | None
     major: int | None
     broken: str | None = None
     zeroes: bool = False
@@ -91,7 +91,7 @@ class _Found:
     """What some pages hold: valid from `start` to `end`, where it is `broken` if that is not None."""
 
     stretch: Stretch | None
-    tail: Tail
+    tail: Tail | None
     start: int
     end: int
     broken: str | None = None
@@ -137,8 +137,8 @@ class _Reader:
     def read(self, before: Tail | None) -> SegmentRecords:
         if self.major is None:
             reason = "the version that wrote this WAL is unknown" if self.pages else "it holds no WAL page"
-            return SegmentRecords((), self.base, self.base, Tail(None), None, reason)
-        found = [_Found(None, before or Tail(None), self.base, self.base)]
+            return SegmentRecords((), self.base, self.base, None, None, reason)
+        found = [_Found(None, before, self.base, self.base)]
         tail = before
         for first, last in self._spans():
             found.append(self._span(first, last, tail))
@@ -180,17 +180,17 @@ class _Reader:
         if before is not None and before.begun is not None and before.lsn is not None:
             wanted = int(before.begun[:4].view("<u4")[0]) - len(before.begun)
             if not continues or remaining != wanted:
-                return _Found(None, Tail(None), at, at, "a record that began before does not go on here")
+                return _Found(None, None, at, at, "a record that began before does not go on here")
             begun = before.begun
             place = _Place(np.concatenate((begun, payload)), low - len(begun), before.lsn)
         else:
             if continues and before is not None:
-                return _Found(None, Tail(None), at, at, "it goes on with a record that did not begin before")
+                return _Found(None, None, at, at, "it goes on with a record that did not begin before")
             skip = min(-(-remaining // 8) * 8, len(payload)) if continues else 0
             if skip and skip == len(payload):
                 # All of it is the middle of a record whose beginning is not at hand.
                 end = self._end(low + skip)
-                return _Found(None, Tail(None), end, end)
+                return _Found(None, None, end, end)
             place = _Place(payload[skip:], low + skip, self._lsn(low + skip))
         cut = self.cut if last == self.pages else ""
         return self._records(place, before.previous if before is not None else None, cut)
@@ -206,7 +206,7 @@ class _Reader:
         if wrong is not None:
             end = int(lsns[wrong])
             why = _ZEROES if _torn(buffer, int(starts[wrong])) else _NO_LINK
-            return _Found(_cut(whole, wrong), Tail(None), place.lsn, end, why)
+            return _Found(_cut(whole, wrong), None, place.lsn, end, why)
         stretch = whole if len(starts) else None
         last = int(lsns[-1]) if len(starts) else previous
         end = place.lsn if stop == 0 else self._lsn(stop + place.shift)
@@ -216,7 +216,7 @@ class _Reader:
         if length < _HEADER_BYTES and _torn(buffer, stop):
             if len(starts) and not sound(buffer[starts[-1] : stop]):
                 # What was cut in the middle of it and filled with zeroes has its length and its link.
-                return _Found(_cut(whole, len(starts) - 1), Tail(None), place.lsn, int(lsns[-1]), _ZEROES)
+                return _Found(_cut(whole, len(starts) - 1), None, place.lsn, int(lsns[-1]), _ZEROES)
             return _Found(stretch, Tail(last), place.lsn, end, _ZEROES)
         if length < _HEADER_BYTES:
             return _Found(stretch, Tail(last), place.lsn, end, "a record is shorter than its header")

@@ -63,6 +63,7 @@ class Head:
     opened: tuple[OpenTransaction, ...]
     messages: tuple[dict[str, Any], ...]
     highest_xid: int | None = None
+    next_xid: int | None = None
 
     @property
     def whole(self) -> bool:
@@ -89,6 +90,7 @@ class Head:
             ],
             "messages": self.messages,
             "highest_xid": self.highest_xid,
+            "next_xid": self.next_xid,
         }
 
     @classmethod
@@ -113,6 +115,7 @@ class Head:
                 opened=tuple(_opened(one) for one in value["open"]),
                 messages=tuple(value["messages"]),
                 highest_xid=value["highest_xid"],
+                next_xid=value["next_xid"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ObjectDamagedError(f"not a head of the index: {error}") from error
@@ -159,6 +162,7 @@ def make_head(summary: SegmentSummary, piece: Piece, source_bytes: int) -> Head:
         opened=tuple(_open_ones(summary)),
         messages=summary.messages,
         highest_xid=int(known.max()) if len(known) else None,
+        next_xid=summary.next_xid,
     )
 
 

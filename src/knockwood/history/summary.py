@@ -60,6 +60,8 @@ class SegmentSummary:
 
     blocks: per record of a heap, and per page image on its own, and block: `relation` (a row of
     `relations`), `block`, `at`, `xid`, `kind` (see KIND_NAMES).
+
+    `next_xid` is from the first record that lists running transactions: those from it on began after it.
     """
 
     start: int
@@ -73,6 +75,7 @@ class SegmentSummary:
     prepared: Mapping[int, str] = field(default_factory=dict)
     created: tuple[tuple[int, File], ...] = ()
     messages: tuple[dict[str, Any], ...] = ()
+    next_xid: int | None = None
     broken: str | None = None
     zeroes: bool = False
 
@@ -111,6 +114,7 @@ class _Maker:
         self._created: list[tuple[int, File]] = []
         self._messages: list[dict[str, Any]] = []
         self._end_rows = 0
+        self._next_xid: int | None = None
 
     def add(self, rows: Records) -> None:
         if not len(rows):
@@ -125,6 +129,7 @@ class _Maker:
         self._endings(rows, at)
         self._storage(rows)
         self._marks(rows, at)
+        self._running(rows)
 
     # --- in bulk ------------------------------------------------------------------------------------
 
@@ -275,6 +280,14 @@ class _Maker:
                 }
             )
 
+    def _running(self, rows: Records) -> None:
+        if self._next_xid is not None:
+            return
+        chosen = np.flatnonzero((rows.manager == records.STANDBY) & ((rows.info & 0xF0) == 0x10))
+        for row in chosen[:1]:
+            # xl_running_xacts: two counts, a flag, then the next xid.
+            self._next_xid = int.from_bytes(rows.data(int(row))[12:16], "little")
+
     def done(
         self, start: int, end: int, major: int | None, broken: str | None, zeroes: bool
     ) -> SegmentSummary:
@@ -302,7 +315,8 @@ class _Maker:
         return SegmentSummary(
             start=start, end=end, major=major, records=self._count, relations=self._relations.files,
             transactions=transactions, blocks=blocks, details=self._details, prepared=self._prepared,
-            created=tuple(self._created), messages=tuple(self._messages), broken=broken, zeroes=zeroes,
+            created=tuple(self._created), messages=tuple(self._messages), next_xid=self._next_xid,
+            broken=broken, zeroes=zeroes,
         )  # fmt: skip
 
 

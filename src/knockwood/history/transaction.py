@@ -41,7 +41,8 @@ class Transaction:
     `commit_lsn` is the START of its COMMIT (or COMMIT PREPARED) record: what a clone stops before or
     after. `first_lsn` is the start of the first record of any of its xids that the archive holds;
     `wal_bytes` sums its records. `gid` is that of a two-phase commit; `label` what a mark or a logical
-    message calls it. `catalog_changes` tells DDL.
+    message calls it. `catalog_changes` tells DDL. Not `complete`: it may have begun in WAL that the archive
+    lacks, so that changes of it are not known.
     """
 
     xid: int
@@ -56,6 +57,7 @@ class Transaction:
     catalog_changes: bool = False
     gid: str | None = None
     label: str | None = None
+    complete: bool = True
 
     @property
     def xids(self) -> frozenset[int]:

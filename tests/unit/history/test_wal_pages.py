@@ -180,6 +180,7 @@ def test_a_record_that_does_not_go_on_is_damage() -> None:
     writer.record(5000)
     first, second = writer.segments()
     tail = read_segment(first[1], first[0], None).tail
+    assert tail is not None
     assert tail.lsn == writer.lsns[-1]
     wrong = second[1].copy()
     wrong[16] ^= 1  # how much of the record is left

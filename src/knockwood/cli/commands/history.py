@@ -121,6 +121,8 @@ def _show_entry(console: Console, entry: LogEntry) -> None:
         words.append(f"two-phase {escape(one.gid)}")
     if one.catalog_changes:
         words.append("[magenta]DDL[/]")
+    if not one.complete:
+        words.append("[yellow]may have begun before the WAL that is there[/]")
     if one.label is not None:
         words.append(f"[cyan]{escape(one.label)}[/]")
     console.print("  ".join(words), soft_wrap=True)
