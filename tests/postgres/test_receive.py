@@ -65,6 +65,40 @@ def test_a_second_receiver_is_refused(new_server: ServerFactory, tmp_path: Path)
                 pass
 
 
+def test_the_spool_of_an_earlier_version_is_taken_over_and_another_clusters_is_not(
+    new_server: ServerFactory, tmp_path: Path
+) -> None:
+    server, other = new_server(18, segment_megabytes=1), new_server(17, segment_megabytes=1)
+    older = tmp_path / "spool"
+    repository = new_repository(server, tmp_path / "repository")
+    with receiving(Receiver(repository, server.dsn(), older)) as receiver:
+        commit(server)
+        receiver.flush()
+    own = _segments_in(older)
+    assert own
+    # Of another cluster that had the name, far ahead: shared, it would be what receiving goes on from.
+    with psycopg.connect(other.dsn(), autocommit=True) as connection:
+        for _ in range(5):
+            connection.execute("create table if not exists t (a int)")
+            connection.execute("insert into t values (1)")
+            connection.execute("select pg_switch_wal()")
+        name = connection.execute("select pg_walfile_name(pg_current_wal_lsn() - 1)").fetchone()
+    assert name is not None
+    theirs = older / str(name[0])
+    assert theirs.name > max(own)
+    theirs.write_bytes((other.data_directory / "pg_wal" / theirs.name).read_bytes())
+    place = older / str(repository.header.system_identifier)
+    with receiving(Receiver(repository, server.dsn(), place, older_spool=older)) as receiver:
+        lsn = commit(server)
+        assert receiver.flush() >= lsn
+    assert _segments_in(older) == {theirs.name}
+    assert WalArchive(repository).inventory().covers(WalRange(ONE, first_lsn(repository), lsn))
+
+
+def _segments_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size >= 1 << 20}
+
+
 def test_another_cluster_is_refused(new_server: ServerFactory, tmp_path: Path) -> None:
     server = new_server(18, segment_megabytes=1)
     other = new_server(17, segment_megabytes=1)
