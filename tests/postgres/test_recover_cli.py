@@ -247,6 +247,32 @@ def test_a_damaged_page_and_its_index_under_one_plan(line: CommandLine) -> None:
     line.assert_nothing_left()
 
 
+def test_files_that_are_gone(line: CommandLine) -> None:
+    """An index and a visibility map are made anew; a table is not made up from nothing."""
+    for name in ("kept", "lost"):
+        line.execute(f"create table {name} (id int primary key, filler text)")
+        line.execute(f"insert into {name} select n, repeat('x', 100) from generate_series(1, 500) n")
+        line.execute(f"vacuum {name}")
+    line.execute("checkpoint")
+    line("backup")
+    [(heap, index, lost)] = line.execute(
+        "select pg_relation_filepath('kept'), pg_relation_filepath('kept_pkey'), pg_relation_filepath('lost')"
+    )
+    line.server.stop("fast")
+    for path in (index, f"{heap}_vm", lost):
+        (line.server.data_directory / path).unlink()
+    line.server.start()
+    words = ("recover", "--check", "segment_files", "--check", "visibility_map", "--check", "page_checksums")
+    shown = line(*words, status=1)
+    assert "rebuild-index" in kinds(shown), shown["plan"]["refused"]
+    assert any("public.lost" in reason and "--table" in reason for reason in shown["plan"]["refused"])
+    done = line(*words, "--apply", status=1)
+    assert done["recovery"]["results"][-1]["outcome"] == "done", done["recovery"]
+    assert line.execute("select count(*) from kept where id between 1 and 600") == [(500,)]
+    again = line(*words, status=1)
+    assert {finding["location"]["relation"] for finding in again["findings"]} == {"public.lost"}
+
+
 INVARIANT = """
 [[cluster.shop.invariant]]
 name = "no negative balance"

@@ -9,7 +9,7 @@ from knockwood.integrity.relation_files import parse_path
 from knockwood.model import Finding
 from knockwood.model.recovery import Alternative, Plan, Step
 from knockwood.operations.cluster import Cluster
-from knockwood.operations.page_repair import MAPS, REPAIR, ROWS, pages_of, plan_pages
+from knockwood.operations.page_repair import MAPS, REPAIR, ROWS, PageRef, pages_of, plan_pages
 from knockwood.recover.plan.damage import Kind, classify
 from knockwood.recover.plan.offer import Offer, Rank, Turn, key
 from knockwood.recover.plan.situation import Situation
@@ -30,7 +30,7 @@ def page_offers(
     if not wanted or known.server_up is not True or known.in_recovery is not False:
         return [], ()
     # The page that a toast finding names is that of the row, which is sound.
-    named = [f for f in wanted if f.check != "toast" and (pages_of(f) or _of_map(f))]
+    named = [f for f in wanted if f.check != "toast" and (pages_of(f) or _of_map(f) or _gone_map(f))]
     nameless = [f for f in wanted if f not in named]
     offers = [_refused(nameless, _NO_PAGE)] if nameless else []
     if known.superuser is not True:
@@ -40,7 +40,11 @@ def page_offers(
     if not named:
         return offers, ()
     try:
-        plan = plan_pages(cluster, repository, named)
+        plan = plan_pages(
+            cluster,
+            repository,
+            [PageRef(str(f.location.file), 0) if _gone_map(f) else f for f in named],
+        )
     except KnockwoodError as error:
         return [*offers, _refused(named, str(error))], ()
     return [*offers, *_of_plan(plan, named)], plan.alternatives
@@ -75,6 +79,12 @@ def row_offers(
 
 def _of_map(finding: Finding) -> bool:
     return finding.check == "visibility_map" and finding.location.file is not None
+
+
+def _gone_map(finding: Finding) -> bool:
+    """A visibility map of which the whole file is missing or cut."""
+    parsed = parse_path(finding.location.file or "")
+    return finding.check == "segment_files" and parsed is not None and parsed.fork == "vm"
 
 
 def _of_plan(plan: Plan, findings: Iterable[Finding]) -> list[Offer]:

@@ -185,7 +185,9 @@ def _refusals(
         if not reasons and any(name in offer.heals for offer in candidates):
             reasons = ["its table holds damage that is not mended: rebuilt on it, nothing could be trusted"]
         place = f" ({damage.finding.location})" if str(damage.finding.location) else ""
-        why = "; ".join(dict.fromkeys(reasons)) or _nothing_mends(damage, situation)
+        if not reasons or (damage.kind in OF_TABLES and situation.server_up and situation.superuser):
+            reasons.append(_nothing_mends(damage, situation))
+        why = "; ".join(dict.fromkeys(reasons))
         yield f"{damage.finding.check}: {damage.finding.summary}{place}: {why}"
 
 
