@@ -69,7 +69,7 @@ def test_pages_that_can_be_read_but_are_wrong(new_server: ServerFactory) -> None
     server = new_server(18)
     with site_of(server) as site:
         orders, toast = site.path("orders"), site.path(site.toast())
-        # Rows that nobody has read yet: whoever reads the old page will write hints on it, and log its image.
+        # Rows that nobody has read yet: whoever reads the old page writes on it, and logs its image.
         site.sql("update orders set note = 'unread' where ctid >= '(6,0)' and ctid < '(7,0)' and id % 2 = 0")
         site.settle()
         old = {6: site.page(orders, 6), 8: site.page(orders, 8)}

@@ -24,7 +24,7 @@ from knockwood.recover.pages_images import Good
 from knockwood.recover.pages_session import Patience, Session, session
 from knockwood.recover.plan.page_masks import describe, same
 from knockwood.recover.plan.pages import (
-    HINT,
+    READS,
     Judgement,
     PageClass,
     Procedure,
@@ -207,7 +207,7 @@ def _one_lock(
         # Without the lock first: what comes in under it is then short.
         until = facts.flush_wal(subject, target.database)
         later = facts.wal_facts(subject, target, blocks, good.reached, until)
-        _require_current(later, target, hints=before is not None)
+        _require_current(later, target, reads=before is not None)
         for block in blocks:
             keep(f"{target.node[2]}-{block}.good", good.images[block])
     mode = Judgement(PageClass.REFUSED, procedure, "").lock
@@ -223,14 +223,14 @@ def _one_lock(
             done.locked_seconds += clock.monotonic() - began
 
 
-def _require_current(later: Mapping[int, WalFacts], target: Target, *, hints: bool) -> None:
-    """Raise unless no later record changed a block; with `hints` images for hint bits are no change."""
+def _require_current(later: Mapping[int, WalFacts], target: Target, *, reads: bool) -> None:
+    """Raise unless no later record changed a block; with `reads` what readers write is no change."""
     for block, wal in sorted(later.items()):
         if not wal.known:
             raise RefusedError(
                 f"the image of block {block} is not proven the newest: {wal.reason}", where=target.name
             )
-        changes = [record for record in wal.records if not (hints and record.kind == HINT)]
+        changes = [record for record in wal.records if not (reads and record.kind in READS)]
         if changes:
             raise OutdatedError(
                 f"block {block} was changed at {changes[-1].lsn}, after the clone's end", where=target.name
@@ -280,7 +280,7 @@ class _Work:
             return look(self.session, target, self.blocks, since)
         until = facts.flush_wal(subject, target.database)
         later = facts.wal_facts(subject, target, self.blocks, self.good.reached, until)
-        _require_current(later, target, hints=self.before is not None)
+        _require_current(later, target, reads=self.before is not None)
         known = {
             block: WalFacts(True, (*wal.records, *later[block].records), wal.since, until)
             for block, wal in self.good.wal.items()

@@ -19,6 +19,10 @@ FIRST_NORMAL_OID: Final = 16384
 """Relations with a lower oid are the catalogs and what initdb made (access/transam.h)."""
 
 HINT: Final = "XLOG FPI_FOR_HINT"
+READS: Final = frozenset({HINT, "Heap2 PRUNE_ON_ACCESS"})
+"""Records that readers write: hints, and rows removed that were dead to all, which are as dead on the true page.
+(Before 17 the pruning of VACUUM, which goes on to remove index entries, has the same name: there it counts as a
+change.)"""
 
 
 class PageClass(StrEnum):
@@ -259,7 +263,7 @@ def _readable(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFac
     if not wal.known:
         return _refuse(f"the page looks valid, and what it should be cannot be told: {wal.reason}")
     poison = find_poison(wal.records)
-    if poison is not None and only_hints_since(wal.records, poison):
+    if poison is not None and only_read_since(wal.records, poison):
         reason = f"the page on disk is of {poison.stale_lsn}; since it was lost it was read, and nothing more"
         return _replaced(PageClass.STALE, reason, buffers, server)
     if poison is not None:
@@ -318,12 +322,12 @@ def _replaced(damage: PageClass, reason: str, buffers: InBuffers, server: Server
     return Judgement(damage, Procedure.REPLACE, reason)
 
 
-def only_hints_since(records: Sequence[BlockRecord], poison: Poison) -> bool:
-    """Whether all that the WAL has of the block since the damage are images for hint bits.
+def only_read_since(records: Sequence[BlockRecord], poison: Poison) -> bool:
+    """Whether all that the WAL has of the block since the damage was written by readers.
 
     Then nothing was built on the bad page: the page from just before the first of them is still the newest.
     """
-    return all(record.kind == HINT for record in records if record.lsn >= poison.first_after)
+    return all(record.kind in READS for record in records if record.lsn >= poison.first_after)
 
 
 def find_poison(records: Sequence[BlockRecord]) -> Poison | None:

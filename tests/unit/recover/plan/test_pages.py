@@ -178,6 +178,10 @@ def test_an_image_without_the_change_before_it_is_poison() -> None:
     assert found.stale_lsn == Lsn(0)
     judged = classify(OnDisk("good", Lsn(350)), ABSENT, WalFacts(True, tuple(lost)), TABLE, SERVER)
     assert judged.procedure is Procedure.ROWS
+    read = chain((100, "Heap INSERT", None), (200, "Heap UPDATE", None), (300, HINT, 150))
+    for kind in (HINT, "Heap2 PRUNE_ON_ACCESS"):
+        wal = WalFacts(True, (*read, *chain((400, kind, None))))
+        assert classify(OnDisk("good", Lsn(450)), ABSENT, wal, TABLE, SERVER).procedure is Procedure.REPLACE
     # Two sessions may log the same hint at once.
     twice = chain((100, "Heap INSERT", None), (200, HINT, 150), (300, HINT, 150))
     assert find_poison(twice) is None
