@@ -6,7 +6,7 @@ import re
 
 from fix_clones import Protected
 from knockwood.history.staging import StagedArchive
-from knockwood.history.touched import _read
+from knockwood.history.touched import read_stretch
 from knockwood.history.transaction import Transaction
 from knockwood.model import Lsn, Timeline
 from knockwood.postgres.connection import connect, server_facts
@@ -53,5 +53,5 @@ def committed(made: Protected, since: Lsn) -> dict[int, Transaction]:
             )  # fmt: skip
 
     for stretch in archive.stretches(since, end):
-        _read(made.server.programs, stretch, [], take)
+        read_stretch(made.server.programs, stretch, [], take)
     return found

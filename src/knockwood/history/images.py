@@ -17,6 +17,7 @@ from typing import Final, Self
 from knockwood.clone.registry import Registry
 from knockwood.clone.spawn import spawn
 from knockwood.history import ddl
+from knockwood.history.completeness import require_whole
 from knockwood.history.gathering import Gathering, Unread
 from knockwood.history.rowstore import AFTER, BEFORE, RowStore
 from knockwood.history.shapes import TableShape, databases_of, open_catalog
@@ -139,8 +140,9 @@ def row_changes(
 
     `table` (schema or None, name) leaves out all other tables. `spawner` makes the clones (by default whole,
     throw-away ones); `position` is one to go on with, where it stands before all this, and is not closed.
-    Raises RefusedError above `limit` rows or where no backup is from before, and what `resolve`, `spawn`
-    and `touched` raise. A clone that is not what the WAL says is an InternalError.
+    Raises RefusedError above `limit` rows, where no backup is from before, or where a transaction may have
+    begun before the archive; and what `resolve`, `spawn` and `touched` raise. A clone that is not what the
+    WAL says is an InternalError.
     """
     ordered = sorted(transactions, key=lambda transaction: transaction.commit_lsn)
     first, last = ordered[0], ordered[-1]
@@ -148,6 +150,7 @@ def row_changes(
         repository, last.timeline, last.commit_lsn, since=first.commit_lsn, programs_for=programs_for
     )
     programs = programs_for(plan.backup.major)
+    require_whole(repository, programs, ordered, plan.chain[-1].start_lsn)
     found = touched(repository, programs, ordered, limit=limit)
     groups = _lock_groups(repository, programs, found, first)
     if groups and groups[0][0].lsn < plan.backup.stop_lsn:

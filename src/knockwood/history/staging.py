@@ -70,6 +70,13 @@ class StagedArchive:
                 yield Stretch(folder, self.route.timeline, position, border, until, size)
             position = border
 
+    def unbroken_from(self, lsn: Lsn) -> Lsn:
+        """Where the WAL begins that leads up to a position without a missing file."""
+        number = lsn.value // self.segment_bytes
+        while number > 0 and self.route.piece(number - 1) is not None:
+            number -= 1
+        return min(Lsn(number * self.segment_bytes), lsn)
+
     @contextmanager
     def _files(self, start: Lsn, end: Lsn) -> Iterator[Path]:
         size = self.segment_bytes

@@ -121,7 +121,7 @@ def touched(
     if len(xids) == 1:
         options.append(f"--xid={next(iter(xids))}")
     for stretch in archive.stretches(start, end):
-        _read(programs, stretch, options, partial(decoder.take, until=stretch.end.value))
+        read_stretch(programs, stretch, options, partial(decoder.take, until=stretch.end.value))
         if progress is not None:
             progress(stretch.end - start, end - start)
     for transaction in transactions:
@@ -142,7 +142,7 @@ def commits_between(
         def take(block: bytes, until: int = until) -> None:
             found.extend(Lsn(at) for text in _COMMITS.findall(block) if (at := parse_lsn(text)) < until)
 
-        _read(programs, stretch, ["--rmgr=Transaction"], take)
+        read_stretch(programs, stretch, ["--rmgr=Transaction"], take)
     return found
 
 
@@ -152,7 +152,10 @@ def _filters(programs: Programs) -> list[str]:
     return [f"--rmgr={name}" for name in names]
 
 
-def _read(programs: Programs, stretch: Stretch, options: list[str], take: Callable[[bytes], None]) -> None:
+def read_stretch(
+    programs: Programs, stretch: Stretch, options: list[str], take: Callable[[bytes], None]
+) -> None:
+    """Hand over what pg_waldump prints of a stretch; raises ProgramFailedError where the WAL is damaged."""
     reader = Reader(programs, stretch.folder, stretch.timeline, stretch.segment_bytes, None)
     complaint = reader.stream(options, stretch.start, stretch.until, take)
     if complaint is not None and "could not find a valid record" not in complaint:
@@ -165,7 +168,7 @@ def _dropped_by(programs: Programs, archive: StagedArchive, transaction: Transac
     lines: list[bytes] = []
     end = max(transaction.end_lsn, transaction.commit_lsn + 8)
     for stretch in archive.stretches(transaction.commit_lsn, end, chunk_bytes=1 << 40):
-        _read(programs, stretch, ["--limit=1"], lines.append)
+        read_stretch(programs, stretch, ["--limit=1"], lines.append)
     match = _DROPPED.search(b"".join(lines))
     if match is not None:
         found.update(filter(None, (file_of(path.decode()) for path in match[1].split())))
