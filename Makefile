@@ -18,7 +18,7 @@ PIP_SETTINGS := export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_U
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help install demo test test-all test-fault lint format lock bench bench-peers bench-repair bench-exactness bench-kills bench-damage bench-pages clean
+.PHONY: help install demo test test-all test-fault lint format lock bench bench-peers bench-repair bench-drills bench-exactness bench-kills bench-damage bench-pages bench-table clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -81,11 +81,17 @@ bench: install ## speed, as ratios measured in one run
 bench-peers: install ## the gap test, beside other backup tools
 	@exec $(BIN)/python bench/peers.py
 
+bench-drills: install ## every drill with 20 seeds
+	@exec $(BIN)/python bench/drills.py
+
 bench-repair: install ## repairs beside whole restores of the same database
 	@exec $(BIN)/python bench/repair_speed.py
 
 bench-damage: install ## every kind of damage done to a real cluster, and what found it
 	@exec $(BIN)/python bench/damage_table.py
+
+bench-table: install ## one table brought back out of ever larger databases
+	@exec $(BIN)/python bench/table_restore.py
 
 bench-pages: install ## random damage to pages under load, mended and compared
 	@exec $(BIN)/python bench/page_damage.py
@@ -95,6 +101,9 @@ bench-exactness: install ## proofs in a row under writers, and one changed byte
 
 bench-kills: install ## kill -9 at every step of every command, and of the server beneath
 	@exec $(BIN)/python bench/kill_sweep.py
+
+bench-history: install ## how fast the archive is indexed, and its log asked
+	@exec $(BIN)/python bench/history_speed.py
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -104,7 +104,7 @@ BAD_RELEASE = Scenario(
     name="bad-release",
     title="A release writes inconsistent rows",
     about=(
-        "For a while a bug spoils one order in five that gets a discount, among good ones. The first bad commit must"
+        "For a while a bug spoils some of the orders that get a discount, among good ones. The first bad commit must"
         " be found, all of them named, and just these taken back while the shop goes on."
     ),
     play=play,
