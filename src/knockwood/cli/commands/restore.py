@@ -180,6 +180,7 @@ def _table_values(outcome: TableOutcome, notes: tuple[str, ...]) -> dict[str, ob
         "reached_lsn": str(outcome.reached_lsn) if outcome.reached_lsn else None,
         "rows": outcome.rows,
         "left_out": list(outcome.left_out),
+        "whole_backup_because": outcome.whole_because or None,
         "missing": missing.as_json() if missing else None,
         "seconds": round(outcome.seconds, 3),
         "warnings": list(notes),
@@ -199,6 +200,9 @@ def _show_table(console: Console, outcome: TableOutcome, notes: tuple[str, ...])
     console.print(f"{outcome.table} is back as [bold]{where}[/]: {rows} rows, in {seconds(outcome.seconds)}")
     for thing in outcome.left_out:
         console.print(f"[yellow]left out[/] {escape(thing)}", soft_wrap=True)
+    if outcome.whole_because:
+        reason = escape(outcome.whole_because)
+        console.print(f"[yellow]note[/] the whole backup was fetched: {reason}", soft_wrap=True)
     _show_missing(console, outcome.plan.missing)
     _show_notes(console, notes)
 
