@@ -225,10 +225,10 @@ class RevertHandler:
         began = clock.monotonic()
         with _transaction(connection, "isolation level read committed, read write"):
             self._prepare(connection)
+            locked = clock.monotonic()
             examined, evidence = self._settle(connection, work, examined, evidence)
             order = examined.order
             assert isinstance(order, Schedule)
-            locked = clock.monotonic()
             if order.replica:
                 connection.execute("set local session_replication_role = replica")
             written = write(connection, examined, order)

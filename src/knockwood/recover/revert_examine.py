@@ -26,7 +26,7 @@ from knockwood.recover.plan.rows import (
 )
 from knockwood.recover.revert_catalog import Catalog, may_take_replica_role, read_catalog
 from knockwood.recover.revert_keys import key_conflicts
-from knockwood.recover.revert_rows import Wanted, read_current, require_images
+from knockwood.recover.revert_rows import Wanted, ordered, read_current, require_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def examine(connection: Connection, request: Request) -> Examined:
         )
         culprits = tuple(_placed(culprit, catalog) for culprit in request.culprits)
         facts = catalog.schema.tables
-        wanted = wanted_keys(culprits, facts)
+        wanted = ordered(wanted_keys(culprits, facts))
         current = read_current(connection, catalog, wanted)
         counters = counted(request.counters, facts)
         work = _Examination(connection, catalog, culprits, current, counters, request.mode)

@@ -16,7 +16,7 @@ from psycopg import RawCursor
 from knockwood.errors import RefusedError
 from knockwood.history.transaction import ColumnValue, TableId
 from knockwood.postgres.connection import Connection
-from knockwood.recover.plan.rows import Current, Found, Operation, Row, RowKey
+from knockwood.recover.plan.rows import Current, Found, Operation, Row, RowKey, cell
 from knockwood.recover.revert_catalog import Catalog, LiveColumn, LiveTable
 
 Wanted = Mapping[TableId, Mapping[RowKey, Row]]
@@ -103,11 +103,19 @@ def read_current(connection: Connection, catalog: Catalog, wanted: Wanted) -> Cu
 def _askable(table: LiveTable, keys: Mapping[RowKey, Row]) -> dict[RowKey, Row]:
     """Keys that can be looked for: with every column that the table has for it."""
     names = table.facts.key or table.facts.columns
-    return {key: row for key, row in sorted(keys.items(), key=_order) if set(names) <= set(row)}
+    return {key: row for key, row in keys.items() if all(name in row for name in names)}
 
 
-def _order(item: tuple[RowKey, Row]) -> list[str]:
-    return [str(cell) for cell in item[0]]
+def ordered(wanted: Wanted) -> Wanted:
+    """The keys in the order in which rows are read and locked: the same for everybody who reverts."""
+    return {
+        table: {key: wanted[table][key] for key in sorted(wanted[table], key=_order)}
+        for table in sorted(wanted)
+    }
+
+
+def _order(key: RowKey) -> tuple[bytes, ...]:
+    return tuple(cell if isinstance(cell, bytes) else (cell or "").encode() for cell in key)
 
 
 def _read(
@@ -205,11 +213,10 @@ def lock(connection: Connection, table: LiveTable, operations: Sequence[Operatio
     return cursor.rowcount
 
 
-def _row_key(table: LiveTable, operation: Operation) -> tuple[RowKey, Row]:
+def _row_key(table: LiveTable, operation: Operation) -> RowKey:
     assert operation.found is not None
     row = operation.found.values
-    key = tuple((row[name].image or row[name].text or "") for name in table.facts.key)
-    return key or (operation.found.place,), row
+    return tuple(cell(row[name]) for name in table.facts.key) or (operation.found.place,)
 
 
 def _by_row(
