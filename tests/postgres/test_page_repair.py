@@ -8,6 +8,7 @@ import pytest
 
 from fix_repair import WORK, Site, flipped, load, site_of
 from knockwood.errors import PostgresError, RefusedError
+from knockwood.host import privileges
 from knockwood.model import Verdict
 from knockwood.model.recovery import Outcome, Plan
 from knockwood.operations.protect import take
@@ -146,6 +147,11 @@ def test_indexes_maps_and_what_is_refused(new_server: ServerFactory) -> None:
         assert "not a relation's file" in " ".join(site.plan(("pg_xact/0000", 0)).refused)
         with pytest.raises(RefusedError, match="no steps"):
             site.execute(plan)
+        site.sql(
+            "create role careless; alter role careless set work_mem = '64kB';"
+            "alter role careless set zero_damaged_pages = on"
+        )
+        assert "zero_damaged_pages is on" in site.plan((orders, 2)).refused[0]
 
 
 def test_changes_that_the_archive_has_lost_too(new_server: ServerFactory) -> None:
@@ -219,3 +225,34 @@ def test_without_a_way_to_drop_buffers(new_server: ServerFactory) -> None:
         plan = site.plan((orders, 7))
         assert not plan.steps
         assert "restart the server" in plan.refused[0]
+
+
+@pytest.mark.slow
+def test_a_table_in_a_tablespace_and_one_that_was_rewritten(new_server: ServerFactory) -> None:
+    server = new_server(18)
+    with site_of(server) as site:
+        space = site.folder / "space"
+        space.mkdir()
+        privileges.give(space, server.account)
+        site.sql(f"create tablespace fast location '{space}'")
+        site.sql("create table far (id int primary key, n text) tablespace fast")
+        site.sql("insert into far select i, 'n' || i from generate_series(1, 2000) i")
+        take(site.cluster, site.repository)
+        site.sql("update far set n = 'new' where id % 10 = 0; alter table orders alter note type varchar")
+        site.settle()
+        far, orders = site.path("far"), site.path("orders")
+        assert far.startswith("pg_tblspc/")
+        before = [
+            site.sql(f"select sum(hashtextextended(t::text, 0)) from {name} t") for name in ("far", "orders")
+        ]
+        server.stop("fast")
+        site.put(far, 1, flipped(site.page(far, 1)))
+        site.put(far, 2, bytes(8192))
+        site.put(orders, 3, flipped(site.page(orders, 3)))
+        server.start()
+        plan = site.plan((far, 1), (far, 2), (orders, 3))
+        mend(site, plan)
+        after = [
+            site.sql(f"select sum(hashtextextended(t::text, 0)) from {name} t") for name in ("far", "orders")
+        ]
+        assert after == before

@@ -58,8 +58,11 @@ class Session:
         with translated():
             row = self.connection.execute(
                 "select pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('is_superuser') = 'on',"
-                " array(select pg_catalog.current_setting(n) = 'on' from pg_catalog.unnest(%s::text[]) as n)",
-                [names],
+                " array(select pg_catalog.current_setting(n) = 'on' from pg_catalog.unnest(%s::text[]) as n),"
+                " array(select distinct pg_catalog.split_part(c, '=', 1) from pg_catalog.pg_db_role_setting,"
+                " pg_catalog.unnest(setconfig) as c where pg_catalog.split_part(c, '=', 1) = any(%s)"
+                " and pg_catalog.lower(pg_catalog.split_part(c, '=', 2)) not in ('off', 'false', 'no', '0'))",
+                [names, list(_LAX)],
             ).fetchone()
         assert row is not None
         on = dict(zip(names, row[2], strict=True))
@@ -71,7 +74,8 @@ class Session:
             in_recovery=row[0],
             can_evict=sees and self.subject.facts.major >= 17,
             sees_buffers=sees,
-            lax=tuple(name for name in _LAX if on[name]),
+            # Set for some role or database, it lets their sessions read what ours cannot.
+            lax=tuple(name for name in _LAX if on[name] or name in row[3]),
         )
 
     # --- buffers ------------------------------------------------------------------------------------
