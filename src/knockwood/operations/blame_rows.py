@@ -162,12 +162,10 @@ def run_read_only(connection: Connection, query: str, timeout: float) -> list[li
             f"the query took longer than {timeout:g} s",
             hint="give an expression that an index serves, or more time with --statement-timeout",
         ) from error
-    except psycopg.OperationalError:
-        raise
+    except (psycopg.OperationalError, psycopg.errors.InsufficientPrivilege):
+        with translated():
+            raise
     except psycopg.Error as error:
-        if isinstance(error, psycopg.errors.InsufficientPrivilege):
-            with translated(connection.info.dsn):
-                raise
         raise PostgresError(
             str(error).strip().splitlines()[0], hint="is the expression one that could stand after WHERE?"
         ) from error
