@@ -5,34 +5,38 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from knockwood.errors import KnockwoodError, ObjectMissingError
 from knockwood.integrity.check import Budget, Subject
 from knockwood.integrity.relation_files import parse_path, require_own_folder
 from knockwood.model import Finding, Lsn
-from knockwood.model.recovery import Alternative, ExpectedLoss, Plan, Precondition, Step
+from knockwood.model.recovery import Alternative, ExpectedLoss, Plan, Step
 from knockwood.operations.cluster import Cluster
+from knockwood.operations.page_repair_steps import (
+    MAPS,
+    REINDEX,
+    REPAIR,
+    ROWS,
+    indexes_step,
+    map_step,
+    page_step,
+    reindex_step,
+    rows_step,
+)
 from knockwood.postgres.connection import connect, translated
 from knockwood.recover import pages_facts as facts
-from knockwood.recover.indexes import Index, index_named
+from knockwood.recover.indexes import index_named
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_session import Session, session
-from knockwood.recover.pages_write import Looked, look, standbys
-from knockwood.recover.plan.pages import Judgement, PageClass, Poison, Procedure, find_poison
+from knockwood.recover.pages_write import Looked, look
+from knockwood.recover.plan.pages import Procedure, find_poison
 from knockwood.recover.rows import shape_of
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.repository import Repository
 
-REPAIR: Final = "repair-pages"
-MAPS: Final = "rebuild-maps"
-ROWS: Final = "replace-rows"
-REINDEX: Final = "reindex"
-
 _ORDER: Final = (REPAIR, MAPS, ROWS, REINDEX)
-_LOCKED_SECONDS: Final = {Procedure.WRITE: 0.0, Procedure.SAVE_BUFFER: 0.3, Procedure.REPLACE: 0.3}
-"""How long writers wait; measured, see docs/page-repair.md."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -66,9 +70,10 @@ def plan_pages(
 ) -> Plan:
     """A plan that mends the pages, indexes and maps that the findings (or references) name.
 
-    The server is only read, but for a message of a few bytes that makes it flush its WAL. What is not safe is
-    in `refused`, with the reason; pages that turn out to be sound need no step. `backup` names the base
-    backup to take good pages from; by default the newest that is older than the damage is known to be.
+    The server is only read, but for a message of a few bytes that makes it flush its WAL, and extensions that
+    a database lacks, made in a transaction that is rolled back. What is not safe is in `refused`, with the
+    reason; pages that turn out to be sound need no step. `backup` names the base backup to take good pages
+    from; by default the newest that is older than the damage is known to be.
     Raises PostgresError where the server does not answer.
     """
     items = list(damaged)
@@ -193,9 +198,9 @@ class _Planning:
                 self._rows(tools, target, blocks, seen)
             elif procedure is not Procedure.NOTHING:
                 judgements = {block: seen.judgements[block] for block in blocks}
-                self.steps.append(_page_step(target, procedure, judgements, backup))
+                self.steps.append(page_step(target, procedure, judgements, backup))
                 if procedure is Procedure.REPLACE:
-                    self.steps.append(_indexes_step(target))
+                    self.steps.append(indexes_step(target))
 
     def _rows(self, tools: Session, target: Target, blocks: list[int], seen: Looked) -> None:
         """Rows in place of pages; then all indexes of the table are suspect."""
@@ -206,7 +211,7 @@ class _Planning:
             known = [each for each in list_backups(self.repository) if each.stop_lsn <= poison.lost[0]]
             if not known:
                 raise ObjectMissingError(f"there is no base backup from before {poison.lost[0]}")
-            self.steps.append(_rows_step(target, block, poison, known[-1]))
+            self.steps.append(rows_step(target, block, poison, known[-1]))
 
     # --- indexes and maps -------------------------------------------------------------------------
 
@@ -221,7 +226,7 @@ class _Planning:
                 index = index_named(connection, database, name)
             if index.oid < 16384:
                 raise ObjectMissingError("an index of a system catalog: REINDEX it by hand, in a quiet hour")
-            self.steps.append(_reindex_step(index))
+            self.steps.append(reindex_step(index))
             self.covered.add(key)
         except KnockwoodError as error:
             self.refused.append(f"index {name}: {error.what}")
@@ -247,7 +252,7 @@ class _Planning:
         except KnockwoodError as error:
             self.refused.append(f"{ref.file}: {error.what}")
             return
-        step = _map_step(target, fork, blocks)
+        step = map_step(target, fork, blocks)
         if step.as_json() not in [each.as_json() for each in self.steps]:
             self.steps.append(step)
         if finding is not None:
@@ -269,138 +274,6 @@ def _with_lsn(item: Finding | PageRef) -> dict[PageRef, Lsn | None]:
     return dict.fromkeys(pages_of(item), lsn)
 
 
-# --- steps ----------------------------------------------------------------------------------------
-
-
-def _base(target: Target) -> dict[str, Any]:
-    return {"database": target.database, "relation": target.name, "oid": target.oid, "path": target.path}
-
-
-def _listed(blocks: Iterable[int]) -> str:
-    shown = sorted(blocks)
-    return ", ".join(map(str, shown[:8])) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
-
-
-_HOW: Final = {
-    Procedure.WRITE: "write back the good image of",
-    Procedure.SAVE_BUFFER: "write to disk, from the server's own buffers,",
-    Procedure.REPLACE: "replace with the good image",
-}
-
-
-def _page_step(
-    target: Target, procedure: Procedure, judgements: Mapping[int, Judgement], backup: Backup
-) -> Step:
-    first = next(iter(judgements.values()))
-    kinds = sorted({str(judgement.damage) for judgement in judgements.values()})
-    count = f"block{'s' if len(judgements) > 1 else ''} {_listed(judgements)}"
-    reasons: dict[str, list[int]] = defaultdict(list)
-    for block, judgement in judgements.items():
-        reasons[judgement.reason].append(block)
-    conditions = [
-        *(
-            Precondition("same class", f"block {_listed(blocks)} is still what was found: {reason}")
-            for reason, blocks in reasons.items()
-        ),
-        Precondition("same file", f"{target.name} still lies in {target.path}"),
-    ]
-    if procedure is not Procedure.SAVE_BUFFER:
-        conditions.append(
-            Precondition(
-                "newest image",
-                f"the clone (of backup {backup.id}) holds the page as of its last WAL record, and the server's"
-                " WAL names it nowhere since, asked under the lock",
-            )
-        )
-    readers = "readers and writers go on" if procedure is Procedure.WRITE else "readers and writers wait"
-    return Step(
-        REPAIR,
-        f"{_HOW[procedure]} {count} of {target.name} ({', '.join(kinds)})",
-        _base(target)
-        | {
-            "blocks": sorted(judgements),
-            "procedure": str(procedure),
-            "since": str(backup.start_lsn),
-            "backup": backup.id,
-        },
-        tuple(conditions),
-        locks=f"{first.lock} on {target.owner}: {readers}",
-        blocked_seconds=_LOCKED_SECONDS[procedure],
-        undo="the damaged pages are kept as evidence; a good page is not taken back",
-    )
-
-
-def _rows_step(target: Target, block: int, poison: Poison, backup: Backup) -> Step:
-    return Step(
-        ROWS,
-        f"bring over the rows of {len(poison.lost)} lost changes to block {block} of {target.name}",
-        _base(target)
-        | {
-            "block": block,
-            "first_after": str(poison.first_after),
-            "stale_lsn": str(poison.stale_lsn),
-            "lost": [str(lsn) for lsn in poison.lost],
-            "xids": list(poison.xids),
-            "since": str(backup.start_lsn),
-            "backup": backup.id,
-        },
-        (
-            Precondition("primary key", f"{target.name} has one: rows are matched by it"),
-            Precondition(
-                "unchanged rows", "a row that somebody changed since the damage is never overwritten"
-            ),
-        ),
-        locks=f"SHARE ROW EXCLUSIVE on {target.owner}: writers wait while its indexes are made anew",
-        blocked_seconds=None,
-        undo="one transaction: knockwood revert takes it back; the rows as they were are kept as evidence",
-    )
-
-
-def _map_step(target: Target, fork: str, blocks: list[int]) -> Step:
-    name = "visibility map" if fork == "vm" else "free space map"
-    lock = "ACCESS EXCLUSIVE" if fork == "vm" else "SHARE UPDATE EXCLUSIVE"
-    return Step(
-        MAPS,
-        f"make the {name} of {target.name} anew, and VACUUM it",
-        _base(target) | {"fork": fork, "blocks": blocks},
-        locks=f"{lock} on {target.owner} for a moment; VACUUM lets readers and writers work",
-        blocked_seconds=0.1 if fork == "vm" else 0.0,
-        undo="nothing to take back: a map holds no rows",
-    )
-
-
-def _reindex_step(index: Index) -> Step:
-    how = "" if index.exclusion else " CONCURRENTLY"
-    return Step(
-        REINDEX,
-        f"REINDEX INDEX{how} {index.name}",
-        {
-            "database": index.database,
-            "index": index.name,
-            "table": index.table,
-            "oid": index.table_oid,
-            "filenode": index.filenode,
-            "concurrently": not index.exclusion,
-        },
-        (Precondition("nobody builds", f"no other index build runs on {index.table}"),),
-        locks=f"SHARE on {index.table}: writers wait until it ends (exclusion constraints allow no other way)"
-        if index.exclusion
-        else f"SHARE UPDATE EXCLUSIVE on {index.table}: readers and writers go on",
-        blocked_seconds=None if index.exclusion else 0.0,
-        undo="nothing to take back: the old index was damaged",
-    )
-
-
-def _indexes_step(target: Target) -> Step:
-    return Step(
-        REINDEX,
-        f"compare the indexes of {target.name} with its rows, REINDEX CONCURRENTLY those that lack some",
-        {"database": target.database, "index": None, "table": target.name, "oid": target.oid},
-        locks=f"SHARE UPDATE EXCLUSIVE on {target.owner}: readers and writers go on",
-        undo="nothing to take back: an index that lacks rows is damaged",
-    )
-
-
 def _alternatives(steps: Iterable[Step]) -> tuple[Alternative, ...]:
     tables = sorted({step.arguments["relation"] for step in steps if step.kind in (REPAIR, ROWS)})
     return tuple(_restores(tables))
@@ -416,4 +289,4 @@ def _restores(tables: list[str]) -> Iterator[Alternative]:
         )
 
 
-__all__ = ["PageClass", "PageRef", "pages_of", "plan_pages", "standbys"]
+__all__ = ["MAPS", "REINDEX", "REPAIR", "ROWS", "PageRef", "pages_of", "plan_pages"]
