@@ -71,6 +71,9 @@ def _show(console: Console, done: Step) -> None:
     if done.proof is not None:
         words += f", checks: {coloured(done.proof.verdict)}"
     console.print(words)
+    for name, verdict, detail in done.proof.checks if done.proof is not None else ():
+        if detail:
+            console.print(f"         {coloured(verdict)} {name} [dim]{escape(detail)}[/]", soft_wrap=True)
     for hold in done.holds:
         console.print(f"         [red]hold[/] {hold.id} at {hold.lsn}: {escape(hold.reason)}", soft_wrap=True)
     if done.waits_for:
