@@ -51,6 +51,15 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Schedule:
+    """How often backups are to be taken, and how long a proof counts; the settings' own defaults."""
+
+    full: timedelta = timedelta(weeks=1)
+    incremental: timedelta | None = None
+    proof: timedelta = timedelta(days=7)
+
+
+@dataclass(frozen=True, slots=True)
 class Subject:
     """The server under examination. `data_directory` is None without local reach; then what needs files is
     not checked. `repository` and `programs` are None where there is none. `state` is the folder where this
@@ -66,6 +75,7 @@ class Subject:
     invariants: tuple[Invariant, ...] = ()
     budget: Budget = field(default_factory=Budget)
     state: Path | None = None
+    schedule: Schedule = field(default_factory=Schedule)
 
     def connect(self, database: str | None = None) -> Connection:
         """A connection under the budget's timeouts, with a fixed search_path; close it yourself."""

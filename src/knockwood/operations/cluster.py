@@ -7,7 +7,7 @@ from pathlib import Path
 
 from knockwood.errors import SettingsError
 from knockwood.host.state import state_folder
-from knockwood.integrity.check import Budget, Invariant, Role, Subject
+from knockwood.integrity.check import Budget, Invariant, Role, Schedule, Subject
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import ServerFacts, connect, server_facts, with_words
 from knockwood.repository.repository import Repository
@@ -116,4 +116,10 @@ class Cluster:
             invariants=self.invariants(),
             budget=budget,
             state=self.state,
+            schedule=self.schedule(),
         )
+
+    def schedule(self) -> Schedule:
+        """How fresh backups and proofs are to be."""
+        backup = self.settings.backup
+        return Schedule(backup.full, backup.incremental, self.settings.proof.valid)

@@ -10,9 +10,9 @@ import psycopg
 
 from knockwood.errors import KnockwoodError
 from knockwood.host import files
+from knockwood.integrity.ages import newest_proof
 from knockwood.integrity.catalog import relations
 from knockwood.integrity.check import Budget, Subject
-from knockwood.integrity.checks.proof_age import newest_proof
 from knockwood.integrity.run import Report
 from knockwood.model import Finding, Verdict
 from knockwood.model.recovery import ExpectedLoss

@@ -8,7 +8,7 @@ from typing import Any
 
 from knockwood.errors import KnockwoodError, PostgresError
 from knockwood.host import clock
-from knockwood.integrity.checks.proof_age import newest_proof
+from knockwood.integrity.ages import newest_proof, stale_backups, stale_proof
 from knockwood.model import Commit, Lsn, Verdict, WalRange, WalSegment
 from knockwood.operations.cluster import Cluster
 from knockwood.recover.execute import unfinished
@@ -78,6 +78,7 @@ def status(cluster: Cluster) -> Status:
         problems.append("there is no base backup: knockwood backup")
     problems += _repairs(cluster)
     proof = newest_proof(repository)
+    problems += _stale(cluster, backups, proof)
     shown = {key: proof.get(key) for key in ("id", "verdict", "taken_at", "valid_until")} if proof else None
     unknown_gaps = [gap for gap in gaps.list_gaps(repository) if gap.acknowledged is None]
     behind, unknown = _behind(cluster, repository, clock.now())
@@ -98,6 +99,15 @@ def status(cluster: Cluster) -> Status:
         tuple(problems),
         unknown,
     )
+
+
+def _stale(cluster: Cluster, backups: list[Backup], proof: dict[str, Any] | None) -> list[str]:
+    """What is too old. That there is none at all is shown already."""
+    now, schedule = clock.now(), cluster.schedule()
+    found = [f"{one.summary}: knockwood backup" for one in stale_backups(backups, schedule, now) if backups]
+    if proof is not None:
+        found += [f"{one.summary}: knockwood prove" for one in stale_proof(proof, schedule, now)]
+    return found
 
 
 def _repairs(cluster: Cluster) -> list[str]:
