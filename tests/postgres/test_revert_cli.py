@@ -102,7 +102,8 @@ def test_dependents_ddl_and_what_is_not_known(line: CommandLine) -> None:
         line, "insert into account values (900, 'new', 0)", "update account set balance = 7 where id = 1"
     )
     child = transaction(line, "insert into entry values (900, 900, 1, 'good child')")
-    edit = transaction(line, "update account set balance = 8 where id = 1")
+    between = transaction(line, "update account set balance = 8 where id = 1")
+    edit = transaction(line, "update account set balance = 9 where id = 1")
     refused = line("revert", culprit, status=4)
     assert {(each["kind"], each["table"]) for each in refused["conflicts"]} == {
         ("other rows reference it", "public.account"),
@@ -112,7 +113,7 @@ def test_dependents_ddl_and_what_is_not_known(line: CommandLine) -> None:
     assert refused["plan"]["steps"] == []
     assert any("reads leave no trace" in note for note in refused["notes"])
     done = line("revert", culprit, "--mode", "cascade", "--apply")
-    assert done["reverted"] == [edit, child, culprit]
+    assert done["reverted"] == [edit, between, child, culprit]
     assert fingerprint(dsn) == before
 
     ddl = transaction(line, "alter table account add column extra int", "update account set owner = 'y'")

@@ -16,7 +16,7 @@ from knockwood.model import Claim, Verdict
 from knockwood.model.recovery import Plan, Recovery
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.freshness import bring_up_to_date
-from knockwood.operations.revert_changes import Gathered, changes_of
+from knockwood.operations.revert_changes import Gathered, changes_of, keys_of
 from knockwood.recover import execute as execution
 from knockwood.recover.execute import StepProgress, Unfinished
 from knockwood.recover.plan.rows import Conflict, Mode
@@ -33,6 +33,7 @@ READS: Final = (
     " the dependents"
 )
 _ROUNDS: Final = 20
+_CANDIDATES: Final = 50
 
 OnStep = Callable[[StepProgress], None]
 
@@ -242,7 +243,7 @@ class _Proposing:
             reasons = gathered.drift(examined.catalog)
             if reasons:
                 return self._refused(transactions, reasons)
-            more = self._more(examined, transactions) if self.wish.mode is Mode.CASCADE else []
+            more = self._more(examined, transactions, gathered) if self.wish.mode is Mode.CASCADE else []
             if not more:
                 return self._proposal(request, examined, transactions)
             transactions = sorted([*transactions, *more], key=lambda one: one.commit_lsn, reverse=True)
@@ -258,7 +259,9 @@ class _Proposing:
             changes_of(self.cluster, self.index.repository, missing, gathered, self.registry)
         return gathered.reasons
 
-    def _more(self, examined: Examined, transactions: Sequence[Transaction]) -> list[Transaction]:
+    def _more(
+        self, examined: Examined, transactions: Sequence[Transaction], gathered: Gathered
+    ) -> list[Transaction]:
         """The dependents that stand against it: to be taken back first."""
         known = {each.commit_lsn for each in transactions}
         found: dict[Any, Transaction] = {}
@@ -270,7 +273,38 @@ class _Proposing:
                     continue
                 if one.commit_lsn not in known and one.commit_lsn > transactions[-1].commit_lsn:
                     found[one.commit_lsn] = one
+        if not found and examined.conflicts:
+            return self._between(examined, transactions, gathered)
         return list(found.values())
+
+    def _between(
+        self, examined: Examined, transactions: Sequence[Transaction], gathered: Gathered
+    ) -> list[Transaction]:
+        """Earlier writers of the rows in conflict: a row names only its last one, their changes name the rest."""
+        known = {each.commit_lsn for each in transactions}
+        files = {(each.database, each.filenode) for one in transactions for each in one.relations}
+        near = self.index.transactions(since=transactions[-1].commit_lsn, filenodes=files)
+        candidates = [one for one in near if one.commit_lsn not in known]
+        if not candidates or len(candidates) > _CANDIDATES:
+            if candidates:
+                self.notes.append(f"{len(candidates)} transactions lie between: too many to look through")
+            return []
+        apart = Gathered()
+        changes_of(self.cluster, self.index.repository, candidates, apart, self.registry)
+        if apart.reasons:
+            self.notes += apart.reasons
+            return []
+        in_conflict = {(each.table, frozenset(each.key.items())) for each in examined.conflicts}
+        found = [
+            one
+            for one in candidates
+            if in_conflict & set(keys_of(apart.culprits[one.commit_lsn], examined.catalog))
+        ]
+        gathered.culprits |= {one.commit_lsn: apart.culprits[one.commit_lsn] for one in found}
+        gathered.shapes |= {
+            table: shape for table, shape in apart.shapes.items() if table not in gathered.shapes
+        }
+        return found
 
     def _proposal(self, request: Request, examined: Examined, transactions: list[Transaction]) -> Proposal:
         reasons = self._reverted_before(transactions) if examined.operations else []

@@ -59,6 +59,21 @@ class Gathered:
                     yield f"{table}.{column.name} was {column.type} and is {now.type} now"
 
 
+RowName = tuple[TableId, frozenset[tuple[str, str | None]]]
+
+
+def keys_of(culprit: Culprit, catalog: Catalog) -> Iterator[RowName]:
+    """The rows that a transaction changed in the tables known, as conflicts name them."""
+    for change in culprit.changes:
+        root = catalog.roots.get(change.table)
+        if root is not None:
+            facts = catalog.tables[root].facts
+            for row in (change.before, change.after):
+                if row is not None:
+                    names = facts.key or facts.columns
+                    yield root, frozenset((name, row[name].text) for name in names if name in row)
+
+
 def changes_of(
     cluster: Cluster,
     repository: Repository,

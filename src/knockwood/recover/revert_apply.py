@@ -229,8 +229,7 @@ class RevertHandler:
             examined, evidence = self._settle(connection, work, examined, evidence)
             order = examined.order
             assert isinstance(order, Schedule)
-            if order.replica:
-                connection.execute("set local session_replication_role = replica")
+            _take_role(connection, order.replica)
             written = write(connection, examined, order)
             self._reached("written")
             if order.replica:
@@ -311,6 +310,19 @@ def _transaction(connection: Connection, how: str) -> Iterator[None]:
             connection.execute("rollback")
         raise
     connection.execute("commit")
+
+
+def _take_role(connection: Connection, replica: bool) -> None:
+    """The replication role, or the certainty that the server's own checks are on."""
+    if replica:
+        connection.execute("set local session_replication_role = replica")
+        return
+    role = rows(connection, "select pg_catalog.current_setting('session_replication_role')")[0][0]
+    if role == "replica":
+        raise RefusedError(
+            "the session runs under the replication role, where the server checks no foreign key",
+            hint="ALTER ROLE ... RESET session_replication_role",
+        )
 
 
 def _require_same(work: _Work, examined: Examined) -> None:
