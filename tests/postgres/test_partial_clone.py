@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import psycopg
+import pyrage
 import pytest
 
 from fix_clones import Protected, one, protected, rows
@@ -252,7 +253,9 @@ def test_a_relation_locked_by_a_transaction_in_progress_is_readable_at_once(
     new_server: ServerFactory,
 ) -> None:
     server = new_server(18, segment_megabytes=1)
-    with protected(server, server.data_directory.parent / "kw") as made:
+    identity = pyrage.x25519.Identity.generate()
+    keys = {"recipients": (str(identity.to_public()),), "identities": (str(identity),)}
+    with protected(server, server.data_directory.parent / "kw", **keys) as made:  # type: ignore[arg-type]
         made.execute(_SHOP)
         made.backup()
         before = content(server.dsn(), "wanted")
