@@ -5,9 +5,12 @@ Pure but for `read_log`, which decodes the WAL.
 
 from __future__ import annotations
 
+import heapq
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import itemgetter
 from typing import Final
 
 from knockwood.history.chains import NOWHERE, Chains, Place
@@ -179,21 +182,42 @@ def _left(logs: Logs, into: FileId, writer: int, lsn: int) -> tuple[FileId, int]
     return best[1], best[2]
 
 
+Seen = tuple[FileId, Place, Lsn]
+"""Where a version could be seen, and from which commit on."""
+
+
 def deletions(logs: Logs, owners: Mapping[int, Transaction]) -> Iterator[Deleted]:
-    """The rows that were deleted for good, with the time during which their last version could be seen."""
-    for file, log in logs.items():
-        # Per place: the commit that wrote what lies there, and where the version visible before it lay.
-        at: dict[Place, tuple[Lsn, tuple[Place, Lsn] | None]] = {}
-        for old, new, writer in zip(log.olds, log.news, log.writers, strict=True):
-            by = owners[abs(writer)]
-            base: tuple[Place, Lsn] | None = None
-            if old != NOWHERE:
-                commit, earlier = at.pop(old, (Lsn(0), None))
-                base = earlier if commit == by.commit_lsn else (old, commit)
-            if new != NOWHERE:
-                at[new] = by.commit_lsn, base
-            elif base is not None and writer > 0:
-                yield Deleted(file, base[0], base[1], by)
+    """The rows that were deleted for good, with the time during which their last version could be seen.
+
+    A row that moved to another partition is followed there.
+    """
+    # Per place: the commit that wrote what lies there, and the version that could be seen before it.
+    at: dict[tuple[FileId, Place], tuple[Lsn, Seen | None]] = {}
+    moving: dict[int, tuple[FileId, Seen | None]] = {}
+    for file, old, new, writer in _in_order(logs):
+        by = owners[abs(writer)]
+        before: Seen | None = None
+        if old != NOWHERE:
+            commit, earlier = at.pop((file, old), (Lsn(0), None))
+            before = earlier if commit == by.commit_lsn else (file, old, commit)
+        elif writer in moving and moving[writer][0] != file:
+            _, before = moving.pop(writer)
+        if new != NOWHERE:
+            at[file, new] = by.commit_lsn, before
+        elif writer < 0:
+            moving[-writer] = file, before
+        elif before is not None:
+            yield Deleted(*before, by)
+
+
+def _in_order(logs: Logs) -> Iterator[tuple[FileId, Place, Place, int]]:
+    """The changes of all files in order of the WAL."""
+    streams = (
+        zip(log.lsns, repeat(file), log.olds, log.news, log.writers, strict=False)
+        for file, log in logs.items()
+    )
+    for _, file, old, new, writer in heapq.merge(*streams, key=itemgetter(0)):
+        yield file, old, new, writer
 
 
 def stops_for(rows: Sequence[Deleted]) -> list[tuple[Transaction, list[Deleted]]]:

@@ -82,6 +82,19 @@ def test_deletions_tell_where_the_row_could_last_be_seen() -> None:
     ]
 
 
+def test_a_row_that_moved_and_was_deleted_is_followed() -> None:
+    first, second = commit(10, 100), commit(20, 200)
+    log, other = Log(), Log()
+    log.delete(1, 10, 10, moved=True)
+    other.insert(5, 11, 10)
+    other.delete(5, 110, 20)
+    log.delete(2, 120, 20, moved=True)
+    other.insert(6, 121, 20)
+    other.delete(6, 130, 20)
+    found = list(deletions({FILE: log, OTHER: other}, owners_of([first, second])))
+    assert found == [Deleted(OTHER, 5, Lsn(100), second), Deleted(FILE, 2, Lsn(0), second)]
+
+
 lifetimes = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size=30)
 
 
