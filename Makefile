@@ -18,7 +18,7 @@ PIP_SETTINGS := export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_U
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help install demo test test-all test-fault lint format lock bench bench-peers bench-repair bench-drills bench-exactness bench-kills bench-damage bench-pages bench-table clean
+.PHONY: help install demo test test-all test-fault lint format lock bench bench-peers bench-repair bench-drills bench-exactness bench-kills bench-damage bench-pages bench-table bench-history clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
