@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fix_cli import CommandLine, command_line
+from fix_recover import killed
 from knockwood.postgres.connection import connect
 from knockwood.postgres.server import SUPERUSER
 from knockwood.repository.repository import Repository
@@ -305,31 +305,23 @@ def test_rows_that_break_an_invariant_are_taken_back(line: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_is_resumed(line: CommandLine) -> None:
-    """The real command, killed after a while that grows until it comes to its end."""
-    make_damage(line)
-    findings = line.folder / "findings.json"
-    findings.write_text(json.dumps(line("check", *CHECKS[1::2], status=1)))
-    line.in_process = False
-    kills = 0
-    for tenths in range(2, 400, 3):
-        child = line.start("recover", "--finding", findings, "--apply", "--json")
-        try:
-            child.wait(tenths / 10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-        child.communicate()
-        if child.returncode >= 0:
-            break
-        kills += 1
+def test_killed_at_every_write_of_the_journal(line: CommandLine) -> None:
+    """The real command on a real server, killed before and after each line that it writes down."""
+    for kill_at in range(1, 100):
+        make_damage(line)
+        findings = line.folder / "findings.json"
+        findings.write_text(json.dumps(line("check", *CHECKS[1::2], status=1)))
+        status = killed(line, kill_at, "recover", "--finding", findings, "--apply")
         left = line("recover", "--finding", findings, status=1)["unfinished"]
         if left:
-            done = line("recover", "--resume")
-            assert done["verdict"] == "held"
-            # The same damage again, for the next round.
-            line.execute("drop table t")
-            make_damage(line)
-    assert child.returncode == 0
-    assert kills > 3
-    assert line("check", *CHECKS[1::2])["verdict"] == "held"
-    line.assert_nothing_left()
+            assert line("recover", "--resume")["verdict"] == "held"
+        elif status != 0:
+            # Before the journal began nothing was done; after its last line everything.
+            assert line("recover", "--finding", findings, "--apply")["verdict"] == "held"
+        assert line("check", *CHECKS[1::2])["verdict"] == "held"
+        assert line.execute("insert into t (a) values (77) returning id") == [(51,)]
+        line.execute("drop table t")
+        line.assert_nothing_left()
+        if status == 0:
+            break
+    assert kill_at > 15
