@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ def tell(line: CommandLine, story: str) -> tuple[list[int], list[Ended]]:
     xids: list[int] = []
     culprit = 0
     done: list[Ended] = []
-    cluster = Cluster.of(load(line.config), "shop")
+    cluster = replace(Cluster.of(load(line.config), "shop"), state=line.state)
     for kind, mark, text in BLOCK.findall((DOCS / story).read_text()):
         if kind == "sql":
             with connect(line.server.dsn("postgres")) as connection, connection.transaction():
