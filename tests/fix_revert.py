@@ -83,16 +83,17 @@ def _rows(connection: Connection, table: LiveTable) -> dict[RowKey, list[Rows]]:
 def differences(
     before: Mapping[TableId, Mapping[RowKey, list[Rows]]],
     after: Mapping[TableId, Mapping[RowKey, list[Rows]]],
+    by_key: tuple[str, ...] = (),
 ) -> Iterator[RowChange]:
     """What lies between two states. Rows are the same by what is beside their key, where that is unique, else
-    by key; without a key nothing is an update."""
+    by key (in tables of `by_key` by that alone); without a key nothing is an update."""
     for table, old in before.items():
         left = [(key, row) for key, rows in old.items() for row in rows]
         right = [(key, row) for key, rows in after[table].items() for row in rows]
         equal = Counter(_cells(row) for _, row in left) & Counter(_cells(row) for _, row in right)
         left, right = _without(left, equal), _without(right, equal)
-        for names in (1, 0):  # first by the rest, then by the key
-            pairs = _paired(left, right, bool(names))
+        for by_rest in (True, False):
+            pairs = _paired(left, right, by_rest) if not by_rest or table.name not in by_key else []
             for was, is_now in pairs:
                 yield RowChange(table, "update", {}, was[1], is_now[1])
             gone, come = {id(was[1]) for was, _ in pairs}, {id(now[1]) for _, now in pairs}
@@ -147,6 +148,7 @@ class Reverter:
     database: str = "postgres"
     invariants: tuple[Invariant, ...] = ()
     role: str | None = None
+    by_key: tuple[str, ...] = ()
     results: list[StepResult] = field(default_factory=list)
 
     @property
@@ -169,7 +171,7 @@ class Reverter:
                 row = connection.execute("select pg_current_xact_id()::text::bigint").fetchone()
                 assert row is not None
             after = everything(reader, tables)
-        return Culprit(int(row[0]), tuple(differences(before, after)))
+        return Culprit(int(row[0]), tuple(differences(before, after, self.by_key)))
 
     def request(
         self, *culprits: Culprit, mode: Mode = Mode.STRICT, counters: tuple[str, ...] = ()

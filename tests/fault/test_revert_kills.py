@@ -48,8 +48,10 @@ def killed_at(point: str, act: Callable[[Callable[[str], None]], object]) -> Non
 def test_killed_and_gone_on(new_server: ServerFactory, tmp_path: Path, point: str, rounds: int) -> None:
     made = Reverter(new_server(18), tmp_path)
     made.sql(
-        "create table t (id int primary key, v int, n numeric); create table k (id int primary key, t int references t);"
-        "insert into t select i, i, 100 from generate_series(1, 50) i; insert into k select i, i from generate_series(1, 50) i"
+        "create table t (id int primary key, v int, n numeric);"
+        "create table k (id int primary key, t int references t);"
+        "insert into t select i, i, 100 from generate_series(1, 50) i;"
+        "insert into k select i, i from generate_series(1, 50) i"
     )
     for _ in range(rounds):
         before = fingerprint(made.dsn)

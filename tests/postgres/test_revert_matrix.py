@@ -177,7 +177,8 @@ def exchanged(made: Reverter) -> None:
 def cycles(made: Reverter) -> None:
     """Two tables reference each other; a table references itself."""
     made.sql(
-        "create table ya (id int primary key, b int); create table yb (id int primary key, a int not null references ya);"
+        "create table ya (id int primary key, b int);"
+        "create table yb (id int primary key, a int not null references ya);"
         "alter table ya add foreign key (b) references yb;"
         "create table ys (id int primary key, boss int references ys on delete cascade);"
         "insert into ya values (1, null), (2, null); insert into yb values (1, 1), (2, 2); update ya set b = id;"
@@ -199,7 +200,8 @@ def partitions(made: Reverter) -> None:
     """A row moved to another partition moves back, through the root."""
     made.sql(
         "create table pt (id int, region text, v int, primary key (id, region)) partition by list (region);"
-        "create table pt_a partition of pt for values in ('a'); create table pt_b (v int, region text not null, id int not null);"
+        "create table pt_a partition of pt for values in ('a');"
+        "create table pt_b (v int, region text not null, id int not null);"
         "alter table pt attach partition pt_b for values in ('b');"
         "insert into pt select i, 'a', i from generate_series(1, 10) i"
     )
