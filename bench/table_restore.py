@@ -41,6 +41,8 @@ KEY = RelationKey("postgres", "public", "wanted")
 TABLE = TableName("postgres", "public", "wanted")
 _ROW = "md5(i::text) || md5((i * 7)::text) || md5((i * 13)::text)"
 _ROWS_PER_MEGABYTE = 6500
+_UPDATE = """with place as (select (random() * (select max(id) from {table}))::bigint at)
+update {table} set v = v || 'x' from place where id between at and at + {rows}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +105,9 @@ def work(made: Site, megabytes: int) -> None:
     dsn = made.server.dsn()
     [(start,)] = query(dsn, "select pg_current_wal_lsn()::text")
     while True:
-        query(dsn, "update filler set v = v || 'x' where id % 97 = (random() * 96)::int")
-        query(dsn, "update wanted set v = v || 'y' where id % 1009 = (random() * 1008)::int")
+        # Rows that lie together: scattered ones would write every page of the table into the WAL.
+        query(dsn, _UPDATE.format(table="filler", rows=5000))
+        query(dsn, _UPDATE.format(table="wanted", rows=200))
         [(made_now,)] = query(dsn, f"select (pg_current_wal_lsn() - '{start}'::pg_lsn)::bigint")
         if made_now > megabytes << 20:
             return
