@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def tell(line: CommandLine, story: Path, statuses: dict[str, int]) -> tuple[int,
                     assert row is not None
                     culprit = row[0]
         else:
-            cluster = Cluster.of(load(line.config), "shop")
+            cluster = replace(Cluster.of(load(line.config), "shop"), state=line.state)
             # A receiver runs in the story; here the archive is brought up to date before each command.
             if "backup" not in text:
                 bring_up_to_date(cluster, cluster.repository())

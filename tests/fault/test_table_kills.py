@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ def test_killed_at_each_step_it_is_resumed(line: CommandLine, sql: str) -> None:
     line("backup")
     xid = culprit(line, sql)
     gone = None if sql.startswith("drop") else 0
-    cluster = Cluster.of(load(line.config), "shop")
+    cluster = replace(Cluster.of(load(line.config), "shop"), state=line.state)
     bring_up_to_date(cluster, cluster.repository())
     words = ("restore", "--table", "postgres.public.orders", "--to", f"before-{xid}", "--in-place", "--apply")
     for point in ('"begun"', '"started"', '"name":"done"', '"name":"xid"', '"done"', '"verified"'):
