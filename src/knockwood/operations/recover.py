@@ -276,9 +276,8 @@ def _checked_again(cluster: Cluster, plan: Plan, here: bool, progress: OnCheck |
         names.add("invariants")
     if not names:
         return
-    heavy = not here and any(each.weight is Weight.HEAVY for each in select(names))
     try:
-        if heavy:
+        if not here and any(each.weight is Weight.HEAVY for each in select(names)):
             # They look at a clone, which has to hold what was just mended.
             require_complete(bring_up_to_date(cluster, cluster.repository()))
         report = check(cluster, sorted(names), here=here, progress=progress)
