@@ -118,7 +118,7 @@ def propose(
     notes = [READS] if freshness.complete else [READS, freshness.detail]
     tell("reading the archive's index")
     index = ArchiveIndex.open(repository, programs_for=cluster.programs)
-    work = _Proposing(cluster, index, wish, registry, tell, notes)
+    work = _Proposing(cluster, index, wish, registry, tell, notes, freshness.complete)
     return work.propose(_named(index, wish.xids))
 
 
@@ -163,7 +163,29 @@ def resume(cluster: Cluster, entry: Unfinished, on_step: OnStep | None = None) -
 
 def handler(cluster: Cluster) -> RevertHandler:
     """What executes steps of the kind `revert`."""
-    return RevertHandler(cluster.dsn, cluster.invariants())
+
+    def adjusted_before(xids: Sequence[int]) -> str | None:
+        """Why counters must not be adjusted: another run may have done it since the plan was made."""
+        repository = cluster.repository()
+        if not bring_up_to_date(cluster, repository).complete:
+            return "the archive is not up to date"
+        index = ArchiveIndex.open(repository, programs_for=cluster.programs)
+        return "; ".join(reverted_before(index, _named(index, xids))) or None
+
+    return RevertHandler(cluster.dsn, cluster.invariants(), adjusted_before=adjusted_before)
+
+
+def reverted_before(index: ArchiveIndex, transactions: Sequence[Transaction]) -> list[str]:
+    """Which of the transactions (newest first) a revert names that has not been reverted itself."""
+    active: dict[int, int] = {}
+    for one in index.transactions(since=transactions[-1].commit_lsn):
+        if one.label and one.label.startswith(LABEL):
+            for word in one.label.removeprefix(LABEL).split(","):
+                if word.strip().isdigit():
+                    active[int(word)] = one.xid
+                    # A revert of a revert makes the first one count no more.
+                    active = {xid: by for xid, by in active.items() if by != int(word)}
+    return [f"{one.xid} was reverted by {active[one.xid]}" for one in transactions if one.xid in active]
 
 
 def verify(cluster: Cluster, plan: Plan) -> tuple[Claim, ...]:
@@ -227,6 +249,7 @@ class _Proposing:
     registry: Registry | None
     tell: Callable[[str], None]
     notes: list[str]
+    complete: bool
 
     def propose(self, transactions: list[Transaction]) -> Proposal:
         gathered = Gathered()
@@ -307,12 +330,15 @@ class _Proposing:
         return found
 
     def _proposal(self, request: Request, examined: Examined, transactions: list[Transaction]) -> Proposal:
-        reasons = self._reverted_before(transactions) if examined.operations else []
-        counted = any(each.deltas for each in examined.operations)
-        if reasons and counted:
-            return self._refused(
-                transactions, [f"{each}: its counters would be adjusted twice" for each in reasons]
-            )
+        reasons = reverted_before(self.index, transactions) if examined.operations else []
+        if any(each.deltas for each in examined.operations):
+            doubts = [f"{each}: its counters would be adjusted twice" for each in reasons]
+            if not self.complete:
+                doubts.append(
+                    "the archive is not up to date: whether the counters were adjusted before is unknown"
+                )
+            if doubts:
+                return self._refused(transactions, doubts)
         self.notes += reasons
         folder = self.cluster.state / self.cluster.name / "reverts"
         plan = make_plan(
@@ -335,19 +361,6 @@ class _Proposing:
             return Known(dependent, self.index.transaction(dependent.xid))
         except ObjectMissingError:
             return Known(dependent, None)
-
-    def _reverted_before(self, transactions: Sequence[Transaction]) -> list[str]:
-        """Which of them a revert names that has not been reverted itself."""
-        oldest = transactions[-1].commit_lsn
-        active: dict[int, int] = {}
-        for one in self.index.transactions(since=oldest):
-            if one.label and one.label.startswith(LABEL):
-                for word in one.label.removeprefix(LABEL).split(","):
-                    if word.strip().isdigit():
-                        active[int(word)] = one.xid
-                        # A revert of a revert makes the first one count no more.
-                        active = {xid: by for xid, by in active.items() if by != int(word)}
-        return [f"{one.xid} was reverted by {active[one.xid]}" for one in transactions if one.xid in active]
 
     def _refused(self, transactions: Sequence[Transaction], reasons: Sequence[str]) -> Proposal:
         purpose = f"revert of {', '.join(str(each.xid) for each in transactions)}"

@@ -45,6 +45,7 @@ _ADVISORY: Final = 0x6B6E6F636B  # "knock"
 _PASSING = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 
 Reached = Callable[[str], None]
+AdjustedBefore = Callable[[Sequence[int]], str | None]
 
 
 def _nowhere(_name: str) -> None:
@@ -67,15 +68,22 @@ class RevertHandler:
     """Executes steps of the kind `revert`.
 
     `reached` is told each point that a kill may come at. `max_lock_wait` (seconds) of the step bounds every
-    wait for a lock; a deadlock is tried again a few times.
+    wait for a lock; a deadlock is tried again a few times. `adjusted_before` says why the counters of some
+    transactions must not be adjusted, since nothing in the rows tells that they were already.
     """
 
     kind = KIND
 
     def __init__(
-        self, dsn: str, invariants: Sequence[Invariant] = (), *, reached: Reached = _nowhere
+        self,
+        dsn: str,
+        invariants: Sequence[Invariant] = (),
+        *,
+        adjusted_before: AdjustedBefore | None = None,
+        reached: Reached = _nowhere,
     ) -> None:
         self._dsn = dsn
+        self._adjusted_before = adjusted_before
         self._invariants = invariants
         self._reached = reached
         self._default: str | None = None
@@ -118,6 +126,7 @@ class RevertHandler:
                 evidence=journal.evidence_paths,
                 values=before,
             )
+        self._require_first(work)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return self._attempt(work)
@@ -150,6 +159,13 @@ class RevertHandler:
                     f"the server refuses it: {message}; nothing was changed", hint=hint
                 ) from error
         raise AssertionError
+
+    def _require_first(self, work: _Work) -> None:
+        """Raise RefusedError where counters may have been adjusted since the plan was made."""
+        if work.request.counters and self._adjusted_before is not None:
+            reason = self._adjusted_before([culprit.xid for culprit in work.request.culprits])
+            if reason:
+                raise RefusedError(f"{reason}: counters would be adjusted twice; nothing was changed")
 
     def _lost(self, work: _Work, error: psycopg.OperationalError) -> StepResult:
         """The connection went while it was under way: whether it was committed is asked anew."""
