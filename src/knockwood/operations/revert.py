@@ -34,6 +34,8 @@ READS: Final = (
 )
 _ROUNDS: Final = 20
 _CANDIDATES: Final = 50
+_NAMED: Final = 150
+"""Transactions whose numbers fit into the label that the index keeps (2,000 characters)."""
 
 OnStep = Callable[[StepProgress], None]
 
@@ -337,6 +339,8 @@ class _Proposing:
                 doubts.append(
                     "the archive is not up to date: whether the counters were adjusted before is unknown"
                 )
+            if len(transactions) > _NAMED:
+                doubts.append(f"a revert names at most {_NAMED} transactions: take back fewer at a time")
             if doubts:
                 return self._refused(transactions, doubts)
         self.notes += reasons
