@@ -105,11 +105,13 @@ def propose(
     *,
     registry: Registry | None = None,
     progress: Callable[[str], None] | None = None,
+    gathered: Gathered | None = None,
 ) -> Proposal:
     """Plan the revert of committed transactions; production is read in one read-only snapshot, not changed.
 
-    Conflicts and reasons to refuse come as data. Raises ObjectMissingError for a transaction that the archive
-    does not know, and what restoring a clone raises.
+    `gathered` is what was read of some transactions before: only for the others a clone is made. Conflicts and
+    reasons to refuse come as data. Raises ObjectMissingError for a transaction that the archive does not know,
+    and what restoring a clone raises.
     """
     if not wish.xids:
         raise UsageError("no transaction is named", hint="knockwood revert XID...")
@@ -121,7 +123,7 @@ def propose(
     tell("reading the archive's index")
     index = ArchiveIndex.open(repository, programs_for=cluster.programs)
     work = _Proposing(cluster, index, wish, registry, tell, notes, freshness.complete)
-    return work.propose(_named(index, wish.xids))
+    return work.propose(_named(index, wish.xids), gathered or Gathered())
 
 
 def execute(
@@ -253,8 +255,7 @@ class _Proposing:
     notes: list[str]
     complete: bool
 
-    def propose(self, transactions: list[Transaction]) -> Proposal:
-        gathered = Gathered()
+    def propose(self, transactions: list[Transaction], gathered: Gathered) -> Proposal:
         for _ in range(_ROUNDS):
             reasons = self._gather(transactions, gathered)
             if reasons:
