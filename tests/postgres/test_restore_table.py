@@ -9,8 +9,8 @@ import pytest
 from fix_clones import one, protected, rows
 from knockwood.errors import ObjectMissingError, RefusedError
 from knockwood.operations.restore_table import restore_table
-from knockwood.recover.table_definition import TableName
 from knockwood.postgres.connection import connect
+from knockwood.recover.table_definition import TableName
 from knockwood.repository.targets import BeforeXid, Latest
 
 if TYPE_CHECKING:
