@@ -14,12 +14,16 @@ from knockwood.postgres.connection import Connection, connect, translated, with_
 
 _TABLES = Path(__file__).with_suffix(".sql").read_bytes()
 
+# A send function may be of another type than the one that has it (a refcursor's is textsend), and then takes
+# no value of it; pseudo-types stand for any type of their family, and domains go by their base.
 _TYPES = b"""
 select y.oid::bigint, pg_catalog.format('%I.%I', n.nspname, y.typname), y.typtype::text,
        y.typbasetype::bigint,
        case when y.typcategory = 'A' and y.typlen = -1 then y.typelem else 0 end::bigint,
        (select pg_catalog.format('%I.%I', pn.nspname, p.proname) from pg_catalog.pg_proc p
-        join pg_catalog.pg_namespace pn on pn.oid = p.pronamespace where p.oid = y.typsend),
+        join pg_catalog.pg_namespace pn on pn.oid = p.pronamespace
+        join pg_catalog.pg_type taken on taken.oid = p.proargtypes[0]
+        where p.oid = y.typsend and (taken.oid = y.oid or taken.typtype = 'p' or y.typtype = 'd')),
        case when y.typtype = 'c' then y.typrelid else 0 end::bigint
 from pg_catalog.pg_type y join pg_catalog.pg_namespace n on n.oid = y.typnamespace
 """
