@@ -59,7 +59,7 @@ _NOOP_INFO: Final = 0x20
 _HEADER = struct.Struct("<IIQBBHI")  # xl_tot_len, xl_xid, xl_prev, xl_info, xl_rmid, padding, xl_crc
 
 _LINE = re.compile(
-    rb"^rmgr: (\w+) +len \(rec/tot\): +\d+/ +(\d+), tx: +\d+, lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
+    rb"^rmgr: (\w+) +len \(rec/tot\): +\d+/ *(\d+), tx: +\d+, lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
     rb" desc: ([^\n]*)",
     re.MULTILINE,
 )

@@ -29,7 +29,7 @@ ROW_LIMIT: Final = 1_000_000
 _MOVED: Final = 0x10
 
 _LINE = re.compile(
-    rb"^rmgr: (Heap2?|Storage|Standby) +len \(rec/tot\): +\d+/ +\d+, tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+),"
+    rb"^rmgr: (Heap2?|Storage|Standby) +len \(rec/tot\): +\d+/ *\d+, tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+),"
     rb" prev [0-9A-F]+/[0-9A-F]+, desc: ([A-Z_]+)(\+INIT)? ([^\n]*)",
     re.MULTILINE,
 )

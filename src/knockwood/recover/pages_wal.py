@@ -29,7 +29,7 @@ Node = tuple[int, int, int]
 """Tablespace, database, relation file number, as WAL names a relation."""
 
 _LINE: Final = re.compile(
-    rb"^rmgr: (\w+) +len \(rec/tot\): +\d+/ +(\d+), tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
+    rb"^rmgr: (\w+) +len \(rec/tot\): +\d+/ *(\d+), tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
     rb" desc: ([^\s,]+)([^\n]*)",
     re.MULTILINE,
 )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knockwood.clone.partial_wal import Patcher, WalFilter, crc_change, locator_of
+from knockwood.clone.partial_wal import _LINE, Patcher, WalFilter, crc_change, locator_of
 from knockwood.errors import RecoveryFailedError, RefusedError
 from knockwood.model import Lsn, Timeline, WalSegment
 from knockwood.postgres.binaries import Programs
@@ -135,3 +135,15 @@ def test_relations_that_come_from_nowhere_are_noticed_unless_they_go_again() -> 
     with pytest.raises(RefusedError, match="copies a whole database"):
         known._learn(b"Database", b"CREATE_FILE_COPY copy dir 1663/1 to 1663/16400")
     assert Lsn(known.unexplained[1663, 9, 9]) == Lsn.parse("0/100")
+
+
+@pytest.mark.parametrize("length", [b"    54/    54", b"    54/100054", b"100054/1100054"])
+def test_records_of_any_length_are_seen(length: bytes) -> None:
+    """pg_waldump pads the length to six places; a longer one follows the slash at once."""
+    line = (
+        b"rmgr: Btree       len (rec/tot): " + length + b", tx:        764, lsn: 0/01755ED0,"
+        b" prev 0/01755E98, desc: INSERT_LEAF off: 7, blkref #0: rel 1663/5/2 blk 2 FPW\n"
+    )
+    [(rmgr, size, lsn, text)] = _LINE.findall(line)
+    assert (rmgr, int(size), lsn) == (b"Btree", int(length.split(b"/")[1]), b"0/01755ED0")
+    assert concerns(a_filter(), rmgr, text, lsn)

@@ -78,6 +78,16 @@ def test_rows_of_copy(text: bytes, heads: list[int], vague: set[int]) -> None:
     assert file.vague == vague
 
 
+def test_a_record_of_100_kb_and_more() -> None:
+    """pg_waldump pads the length to six places; a longer one follows the slash at once."""
+    line = (
+        b"rmgr: Heap        len (rec/tot):     54/1040054, tx:        764, lsn: 0/01755ED0, prev 0/01755E98,"
+        b" desc: INSERT off: 7, flags: 0x00, blkref #0: rel 1663/5/16384 blk 2 FPW\n"
+    )
+    found = decoded(line, {764}).result
+    assert [net.head for net in found.files[_A].chains.net()] == [place(2, 7)]
+
+
 def test_a_move_to_another_partition() -> None:
     text = b"""\
 rmgr: Heap        len (rec/tot):     54/    54, tx:        768, lsn: 0/01772610, prev 0/01772578, desc: DELETE xmax: 768, off: 1, infobits: [KEYS_UPDATED], flags: 0x10, blkref #0: rel 1663/5/16399 blk 0

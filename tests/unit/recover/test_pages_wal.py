@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from knockwood.recover.pages_wal import _image, _pglz_head
+from knockwood.recover.pages_wal import _LINE, _image, _pglz_head
 
 
 def test_pglz_literals_and_matches() -> None:
@@ -27,3 +27,14 @@ def test_the_image_of_the_second_block() -> None:
     assert _image(record, 0) == (begin, 6, 2)
     assert _image(record, 1) == (begin + 10, 5, 2)
     assert _image(record, 2) is None
+
+
+def test_records_of_any_length_are_seen() -> None:
+    """pg_waldump pads the length to six places; a longer one follows the slash at once."""
+    for length in (b"    54/    54", b"    54/100054", b"100054/1100054"):
+        line = (
+            b"rmgr: XLOG        len (rec/tot): " + length + b", tx:          0, lsn: 0/01755ED0,"
+            b" prev 0/01755E98, desc: FPI , blkref #0: rel 1663/5/2 blk 2 FPW\n"
+        )
+        [(_, size, _, lsn, _, _)] = _LINE.findall(line)
+        assert (int(size), lsn) == (int(length.split(b"/")[1]), b"0/01755ED0")
