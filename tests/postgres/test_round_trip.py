@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fix_revert import Reverter
+from knockwood.errors import RefusedError
 from knockwood.integrity.tables import open_pinned, types_of
 from knockwood.postgres.connection import connect
 
@@ -71,3 +73,19 @@ def test_send_functions_take_the_types_that_have_them(new_server: ServerFactory,
                 continue
             connection.execute(f"select {each.send}(null::{each.name})".encode())
         assert skipped < len(types) / 2
+
+
+def test_what_cannot_be_read_back_is_refused(new_server: ServerFactory, tmp_path: Path) -> None:
+    made = Reverter(new_server(18), tmp_path)
+    made.sql(
+        "create table t (id int primary key, at timestamp(0)); create table u (id int primary key, of regclass);"
+        "create table named (); insert into u values (1, 'named');"
+        "insert into t values (1, '294276-12-31 23:59:59.999999')"
+    )
+    rounded = made.culprit("delete from t")
+    with pytest.raises(RefusedError, match="t back: timestamp out of range"):
+        made.examine(made.request(rounded))
+    renamed = made.culprit("delete from u")
+    made.sql("alter table named rename to anew")
+    with pytest.raises(RefusedError, match=r'u back: relation "public\.named" does not exist'):
+        made.examine(made.request(renamed))

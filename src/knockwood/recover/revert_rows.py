@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from psycopg import RawCursor
+from psycopg import DataError, NotSupportedError, RawCursor
+from psycopg.errors import UndefinedObject, UndefinedTable
 
 from knockwood.errors import RefusedError
 from knockwood.history.transaction import ColumnValue, TableId
@@ -315,7 +316,14 @@ def require_images(
         return
     row = given(columns, rows)
     images = ", ".join(str(column.send).format(row.values[column.name]) for column in columns)
-    cursor = run(connection, f"select {images} from {row.source} order by v.n", row.parameters)
+    try:
+        cursor = run(connection, f"select {images} from {row.source} order by v.n", row.parameters)
+    except (DataError, NotSupportedError, UndefinedObject, UndefinedTable) as error:
+        # Some types show what they would not take: a timestamp(0) rounded past the last one, a name that is gone.
+        raise RefusedError(
+            f"the server does not read a value of {table.facts.table} back: {error.diag.message_primary}",
+            hint="set that value by hand, or restore the table instead",
+        ) from error
     for wanted, values in zip(rows, text_rows(cursor), strict=True):
         for column, image in zip(columns, values, strict=True):
             want = wanted[column.name].image
