@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 from kill_checks import answer, cannot_start, leftovers, listed_is_whole, problem, strays
@@ -20,15 +21,26 @@ class Operation:
     """A command on the live repository. `endless`: it works until it is stopped.
 
     `again_every`: after so many kills, each on top of what the one before left, it is run to its end.
+    `restored_after`: full restores are made between its kills. `ends` counts how runs came to their ends.
     """
 
     endless = False
+    restored_after = True
 
     def __init__(self, name: str, *words: str, again_every: int = 2) -> None:
         self.name = name
         self.again_every = again_every
         self._words = words
         self.expected: int | None = None
+        self.ends: Counter[str] = Counter()
+
+    def due(self, kills: int) -> bool:
+        """Whether it is run to its end now, after so many kills since it last was."""
+        return kills >= self.again_every
+
+    def begins(self, steps: list[str]) -> int:
+        """From which step on it matters most; aims there come before those at earlier steps."""
+        return 0
 
     def prepare(self, site: Site) -> None:
         """Before each run."""

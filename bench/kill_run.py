@@ -7,7 +7,7 @@ import random
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class Result:
     succeeded: int = 0
     restores: list[dict[str, Any]] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
+    ends: dict[str, int] = field(default_factory=dict)
 
     @property
     def kills(self) -> int:
@@ -70,7 +72,7 @@ class Result:
     def broken(self, aim: Aim | None, wrong: list[str]) -> None:
         """Note violations, each with how to make it again."""
         for text in wrong:
-            where = f"kill {aim}" if aim else "restore"
+            where = f"kill {aim}" if aim else "without a kill"
             line = f"{self.operation}, seed {self.seed}: {where}: {text}"
             self.violations.append(line)
             say(f"VIOLATION {line}")
@@ -80,34 +82,53 @@ class Result:
             self.restores.append(asdict(done))
 
 
-def aims(steps: list[str], seconds: float, kills: int, servers: int, chance: random.Random) -> Iterator[Aim]:
+def aims(
+    steps: list[str], seconds: float, kills: int, servers: int, chance: random.Random, begins: int = 0
+) -> Iterator[Aim]:
     """Every place once while the kills last, then last and random times at them, and random moments.
 
-    Endless: the caller stops when it has its kills. One in six falls at a random moment.
+    Endless: the caller stops when it has its kills. One in six falls at a random moment. Three in four of the
+    others come at the steps from `begins` on.
     """
-    counts = Counter(steps)
-    places = list(counts)
+    before, late = Counter(steps[:begins]), Counter(steps[begins:])
+    places, early = list(late), [place for place in before if place not in late]
     # More places than kills: evenly over the run.
     room = max(1, kills - kills // 6)
-    first = places if len(places) <= room else [places[i * len(places) // room] for i in range(room)]
+    first = _spread(places, room - min(len(early), room // 4)) + _spread(early, room // 4)
     for number in range(servers):
         place = places[(2 * number + 1) * len(places) // (2 * servers)]
-        yield Aim(place, 1, 0.0, server=True)
+        yield Aim(place, before[place] + 1, 0.0, server=True)
     for number, place in enumerate(first):
-        yield Aim(place, 1, 0.0)
+        yield Aim(place, before[place] + 1 if place in late else 1, 0.0)
         if number % 5 == 4:
             yield Aim(None, 0, chance.uniform(0.05, seconds))
     while True:
-        place = chance.choice(places)
-        yield Aim(place, chance.randint(1, counts[place]), 0.0)
+        place = chance.choice(early if early and chance.random() < 0.25 else places)
+        lowest = before[place] + 1 if place in late else 1
+        yield Aim(place, chance.randint(lowest, before[place] + late[place]), 0.0)
         if chance.random() < 0.2:
             yield Aim(None, 0, chance.uniform(0.05, seconds))
+
+
+def _spread(places: list[str], room: int) -> list[str]:
+    if len(places) <= room:
+        return places
+    return [places[i * len(places) // room] for i in range(room)]
 
 
 class Killing:
     """The kills of one operation at one site."""
 
-    def __init__(self, site: Site, operation: Operation, seed: int, restore_every: int) -> None:
+    def __init__(
+        self,
+        site: Site,
+        operation: Operation,
+        seed: int,
+        restore_every: int,
+        keep: Callable[[Result], None] = lambda _: None,
+    ) -> None:
+        """`keep` is called after each kill with what came of all of them so far."""
+        self.keep = keep
         self.site = site
         self.operation = operation
         self.restore_every = restore_every
@@ -123,19 +144,23 @@ class Killing:
         """Kill it `kills` times and the server `servers` times while it runs."""
         steps, seconds = self._record()
         self.result.steps, self.result.places = len(steps), len(set(steps))
+        self.result.known = sorted(set(steps))
         say(f"{self.operation.name}: {len(steps)} steps at {len(set(steps))} places in {seconds:.1f} s")
         most = 2 * (kills + servers) + 5
-        for number, aim in enumerate(aims(steps, seconds, kills, servers, self.chance)):
+        chosen = aims(steps, seconds, kills, servers, self.chance, self.operation.begins(steps))
+        for number, aim in enumerate(chosen):
             if number >= most or (self.result.ours >= kills and self.result.server >= servers):
                 break
             if aim.server and self.result.server >= servers:
                 continue
             if not self._once(aim):
                 self.result.missed += 1
-            elif self.result.kills % self.restore_every == 0:
+            elif self.operation.restored_after and self.result.kills % self.restore_every == 0:
                 self._restore()
+            self.keep(self.result)
         self._again(None)
-        self._restore()
+        if self.operation.restored_after:
+            self._restore()
         self.operation.done(self.site)
         return self.result
 
@@ -161,7 +186,7 @@ class Killing:
             )
         self.result.broken(aim, self._traceback() + self.operation.after_kill(self.site))
         self.unclean += 1
-        if self.unclean >= self.operation.again_every:
+        if self.operation.due(self.unclean):
             self._again(aim)
         return fell
 
@@ -171,6 +196,7 @@ class Killing:
             self.unclean = 0
             self.result.again += 1
             self.result.broken(aim, self.operation.again(self.site))
+            self.result.ends = dict(self.operation.ends)
 
     def _options(self, aim: Aim) -> dict[str, Any]:
         if aim.place is None:

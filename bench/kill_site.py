@@ -76,7 +76,8 @@ class Site:
 
     def env(self) -> dict[str, str]:
         source = Path(knockwood.__file__).parent.parent
-        return {"TMPDIR": str(self.tmp), "PYTHONPATH": str(source)}
+        state = str(self.folder / "state")
+        return {"TMPDIR": str(self.tmp), "PYTHONPATH": str(source), "KNOCKWOOD_STATE": state}
 
     def run(self, words: Sequence[str], config: Path | None = None, timeout: float = 180) -> Said:
         """Run one command as its user would, to its end."""
@@ -219,8 +220,9 @@ class Receiver:
             processes.stop(self.child, grace=30)
 
 
-def write_settings(path: Path, dsn: str, repository: Path, state: Path) -> Path:
-    """A settings file for the shop."""
+def write_settings(path: Path, dsn: str, repository: Path, state: Path, data: Path | None = None) -> Path:
+    """A settings file for the shop; with the data directory if its files may be written."""
+    reach = f"data_directory = {json.dumps(str(data))}\n" if data else ""
     invariants = "".join(
         f"\n[[cluster.{NAME}.invariant]]\nname = {json.dumps(name)}\nsql = {json.dumps(sql)}\n"
         f"database = {json.dumps(DATABASE)}\n"
@@ -229,15 +231,18 @@ def write_settings(path: Path, dsn: str, repository: Path, state: Path) -> Path:
     programs = choose_programs().folder
     path.write_text(
         f"state = {json.dumps(str(state))}\n\n[cluster.{NAME}]\ndsn = {json.dumps(dsn)}\n"
-        f"repository = {json.dumps(str(repository))}\nprograms = {json.dumps(str(programs))}\n"
+        f"repository = {json.dumps(str(repository))}\nprograms = {json.dumps(str(programs))}\n{reach}"
         f'\n[cluster.{NAME}.backup]\nkeep = "0s"\nkeep_full = 1\n{invariants}'
     )
     return path
 
 
 @contextmanager
-def site(*, orders: int, clients: int, seed: int) -> Iterator[Site]:
-    """A shop under load, its repository made and its WAL being received; all gone at the end."""
+def site(*, orders: int, clients: int, seed: int, reach: bool = False) -> Iterator[Site]:
+    """A shop under load, its repository made and its WAL being received; all gone at the end.
+
+    With `reach` the settings name the data directory.
+    """
     before, handler = tempfile.tempdir, signal.getsignal(signal.SIGTERM)
     try:
         with tempfile.TemporaryDirectory(prefix="kwkills-", ignore_cleanup_errors=True) as name:
@@ -248,18 +253,22 @@ def site(*, orders: int, clients: int, seed: int) -> Iterator[Site]:
             tmp.chmod(0o1777)
             tempfile.tempdir = str(tmp)
             with _server(folder) as server:
-                yield from _shop(folder, tmp, server, orders, clients, seed)
+                yield from _shop(folder, tmp, server, orders, clients, seed, reach)
     finally:
         tempfile.tempdir = before
         signal.signal(signal.SIGTERM, handler)
 
 
 def _shop(
-    folder: Path, tmp: Path, server: LocalServer, orders: int, clients: int, seed: int
+    folder: Path, tmp: Path, server: LocalServer, orders: int, clients: int, seed: int, reach: bool
 ) -> Iterator[Site]:
     _prepare(server, orders)
     config = write_settings(
-        folder / "knockwood.toml", server.dsn(DATABASE), folder / "repository", folder / "state"
+        folder / "knockwood.toml",
+        server.dsn(DATABASE),
+        folder / "repository",
+        folder / "state",
+        server.data_directory if reach else None,
     )
     witness = Witness(folder / "witness.log")
     # The load shall fill the time, not the disk.

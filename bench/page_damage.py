@@ -123,7 +123,7 @@ class Round:
                 return
             block = self.chance.choice(free)
             if kind != "buffered":
-                self._evict(path, block)
+                evict(self.sql, path, block)
             else:
                 connection.execute(f"select count(n) from {table}".encode())
             good = self.page(path, block)
@@ -145,14 +145,16 @@ class Round:
         whole[self.chance.randrange(PAGE_BYTES)] ^= 1 << self.chance.randrange(8)
         return bytes(whole)
 
-    def _evict(self, path: str, block: int) -> None:
-        node = path.rpartition("/")[2].partition("_")[0]
-        fork = {"fsm": 1, "vm": 2}.get(path.rpartition("_")[2], 0)
-        while self.sql(
-            f"select count((select pg_buffercache_evict(bufferid)))::int from pg_buffercache"
-            f" where relfilenode = {node} and relblocknumber = {block} and relforknumber = {fork}"
-        ):
-            time.sleep(0.01)
+
+def evict(sql: Callable[[str], Any], path: str, block: int) -> None:
+    """Until no buffer holds the page; `sql` asks the server for one value."""
+    node = path.rpartition("/")[2].partition("_")[0]
+    fork = {"fsm": 1, "vm": 2}.get(path.rpartition("_")[2], 0)
+    while sql(
+        f"select count((select pg_buffercache_evict(bufferid)))::int from pg_buffercache"
+        f" where relfilenode = {node} and relblocknumber = {block} and relforknumber = {fork}"
+    ):
+        time.sleep(0.01)
 
 
 @contextmanager
