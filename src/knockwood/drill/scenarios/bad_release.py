@@ -6,7 +6,7 @@ from pathlib import Path
 
 from knockwood.drill.sandbox import Sandbox, sandbox
 from knockwood.drill.scenarios.base import Scale, Scenario, gate, protect_under_load, watch
-from knockwood.drill.scenarios.live import ask_witness, blocked, live_gates, prove_live, take_back
+from knockwood.drill.scenarios.live import Played, finish, take_back
 from knockwood.drill.scorecard import Scorecard, Seconds
 from knockwood.drill.story import Kind, Story
 from knockwood.drill.workload import INVARIANTS
@@ -37,45 +37,19 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
         accused = _accuse(box, story)
         diagnosed = clock.monotonic() - struck
         reverted = take_back(box, story, accused)
-        mended = clock.monotonic() - struck
-        proof = prove_live(box, story)
-        verified = clock.monotonic() - struck
-        kept = ask_witness(box, story)
         guilty = {entry.xid for entry in box.witness.notes("buggy")}
-        later = sum(entry.at > struck for entry in box.witness.promises())
-        counters = box.workload.counters
-        return Scorecard(
-            scenario=BAD_RELEASE.name,
-            title=BAD_RELEASE.title,
-            seed=seed,
-            seconds=Seconds(detect, diagnosed, mended, verified),
-            cause_first=first is not None and first.xid in guilty,
-            acknowledged_commits=kept.promised,
-            good_transactions_lost=kept.lost + kept.changed,
-            later_work_kept=later if kept.all else 0,
-            failed_requests=counters.failed,
-            longest_stall=counters.longest_stall,
-            findings=tuple(finding.summary for finding in report.findings),
-            gates=(
-                gate(
-                    "silent while healthy",
-                    not healthy.findings,
-                    f"{len(healthy.findings)} findings before the fault",
-                ),
-                gate(
-                    "the first bad commit found",
-                    first is not None and first.xid in guilty,
-                    f"{first.xid if first else 'none'}",
-                ),
-                gate(
-                    "just the guilty accused",
-                    set(accused) == guilty,
-                    f"{len(accused)} accused, {len(guilty)} guilty",
-                ),
-                *live_gates(reverted, kept, proof),
+        found = first is not None and first.xid in guilty
+        gates = (
+            gate("the first bad commit found", found, f"{first.xid if first else 'none'}"),
+            gate(
+                "just the guilty accused",
+                set(accused) == guilty,
+                f"{len(accused)} accused, {len(guilty)} guilty",
             ),
-            writers_blocked=blocked(reverted.recovery),
         )
+        played = Played(healthy, report, found, gates, reverted)
+        seconds = Seconds(detect, diagnosed, clock.monotonic() - struck)
+        return finish(box, story, BAD_RELEASE, seed, struck, played, seconds)
 
 
 def _bisect(box: Sandbox, story: Story) -> Commit | None:

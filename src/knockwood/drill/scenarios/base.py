@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from knockwood.drill.sandbox import DATABASE, Sandbox
+from knockwood.drill.sandbox import Sandbox
 from knockwood.drill.scorecard import Gate, Scorecard
 from knockwood.drill.story import Kind, Story
 from knockwood.drill.witness import Promise, loss
 from knockwood.drill.workload import tokens_present
-from knockwood.host import clock, privileges
-from knockwood.integrity.check import Budget, Role, Subject
+from knockwood.host import clock
+from knockwood.integrity.check import Budget
 from knockwood.integrity.run import Report, run_checks
-from knockwood.model import Finding, Verdict
-from knockwood.operations.examination import names_for_a_clone
-from knockwood.operations.freshness import bring_up_to_date
+from knockwood.model import Finding
 from knockwood.operations.protect import take
-from knockwood.operations.restore import RestoreOutcome, restore
 from knockwood.postgres.connection import ServerFacts, connect, server_facts
-from knockwood.postgres.server import LocalServer
-from knockwood.repository.targets import Latest, Target
 
 DETECTORS = ("page_checksums", "invariants")
 
@@ -85,65 +80,6 @@ def watch(
     if len(report.findings) > 4:
         story.say(Kind.FOUND, f"and {len(report.findings) - 4} more findings")
     return report, took
-
-
-def restore_beside(box: Sandbox, story: Story, target: Target) -> RestoreOutcome:
-    """Restore into a folder beside production, to the target, and say what was reached."""
-    if target == Latest():
-        fresh = bring_up_to_date(box.cluster, box.repository)
-        story.say(Kind.DONE if fresh.complete else Kind.FAILED, fresh.detail)
-    into = box.folder / "restored"
-    outcome = restore(
-        box.repository,
-        target,
-        into / "data",
-        programs_for=lambda _: box.server.programs,
-        account=privileges.server_account(),
-    )
-    commit = outcome.last_commit
-    story.say(
-        Kind.DONE,
-        f"restored beside production to {outcome.reached_lsn}"
-        + (f", last commit {commit.time:%H:%M:%S.%f} (xid {commit.xid})" if commit else ""),
-    )
-    return outcome
-
-
-def restored_server(box: Sandbox) -> LocalServer:
-    """A server on what was restored; start and stop it as a context manager."""
-    return LocalServer(
-        box.server.programs,
-        box.folder / "restored" / "data",
-        account=privileges.server_account(),
-        settings={"archive_mode": "off", "shared_buffers": "32MB"},
-    )
-
-
-def check_restored(box: Sandbox, server: LocalServer, story: Story) -> Report:
-    """Every check on the restored cluster, the heavy ones too."""
-    subject: Subject = replace(
-        box.cluster.subject(Budget(), repository=box.repository),
-        dsn=server.dsn(DATABASE),
-        facts=server_facts_of(server.dsn()),
-        role=Role.CLONE,
-        data_directory=server.data_directory,
-    )
-    report = run_checks(subject, names_for_a_clone())
-    held = sum(result.verdict is Verdict.HELD for result in report.results)
-    story.say(
-        Kind.PROVED if report.verdict is Verdict.HELD else Kind.FAILED,
-        f"{held} of {len(report.results)} checks held on the restored cluster,"
-        f" {len(report.findings)} findings, {len(report.not_checked)} not checked",
-    )
-    for gap in report.not_checked:
-        story.say(Kind.FAILED, f"{gap.check} was not checked: {gap.reason}")
-    return report
-
-
-def clean(report: Report) -> Gate:
-    """The gate that every check on the restored cluster held; one that could not run does not pass."""
-    told = f"{len(report.findings)} findings, {len(report.not_checked)} not checked"
-    return gate("restored cluster is clean", report.verdict is Verdict.HELD, told)
 
 
 def server_facts_of(dsn: str) -> ServerFacts:

@@ -9,7 +9,7 @@ from pathlib import Path
 from knockwood.drill import faults
 from knockwood.drill.sandbox import Sandbox, sandbox
 from knockwood.drill.scenarios.base import Scale, Scenario, blocks_named, gate, protect_under_load, watch
-from knockwood.drill.scenarios.live import ask_witness, blocked, live_gates, prove_live, repair
+from knockwood.drill.scenarios.live import Played, finish, repair
 from knockwood.drill.scorecard import Scorecard, Seconds
 from knockwood.drill.story import Kind, Story
 from knockwood.host import clock
@@ -42,34 +42,15 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
         )
         clock.sleep(scale.aftermath)  # people read the page before they act; the shop goes on meanwhile
         repaired = repair(box, story, report.findings)
-        mended = clock.monotonic() - struck
-        proof = prove_live(box, story)
-        verified = clock.monotonic() - struck
-        kept = ask_witness(box, story)
-        counters = box.workload.counters
-        return Scorecard(
-            scenario=CORRUPT_TABLE.name,
-            title=CORRUPT_TABLE.title,
-            seed=seed,
-            seconds=Seconds(detect, diagnosed, mended, verified),
-            cause_first=bool(report.findings) and report.findings[0].check == "page_checksums",
-            acknowledged_commits=kept.promised,
-            good_transactions_lost=kept.lost + kept.changed,
-            later_work_kept=kept.promised - kept.lost,
-            failed_requests=counters.failed,
-            longest_stall=counters.longest_stall,
-            findings=tuple(finding.summary for finding in report.findings),
-            gates=(
-                gate(
-                    "silent while healthy",
-                    not healthy.findings,
-                    f"{len(healthy.findings)} findings before the fault",
-                ),
-                gate("all damage named", exact, f"{len(report.findings)} findings"),
-                *live_gates(repaired, kept, proof),
-            ),
-            writers_blocked=blocked(repaired.recovery),
+        played = Played(
+            healthy,
+            report,
+            bool(report.findings) and report.findings[0].check == "page_checksums",
+            (gate("all damage named", exact, f"{len(report.findings)} findings"),),
+            repaired,
         )
+        seconds = Seconds(detect, diagnosed, clock.monotonic() - struck)
+        return finish(box, story, CORRUPT_TABLE, seed, struck, played, seconds)
 
 
 def _strike(box: Sandbox, chance: random.Random) -> tuple[_Damage, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from knockwood.drill import faults
 from knockwood.drill.sandbox import Sandbox, sandbox
 from knockwood.drill.scenarios.base import Scale, Scenario, gate, protect_under_load, watch
-from knockwood.drill.scenarios.live import ask_witness, blocked, live_gates, prove_live, repair
+from knockwood.drill.scenarios.live import Played, finish, repair
 from knockwood.drill.scorecard import Scorecard, Seconds
 from knockwood.drill.story import Kind, Story
 from knockwood.host import clock
@@ -51,32 +51,10 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
         )
         clock.sleep(scale.aftermath)  # people read the page before they act; the shop goes on meanwhile
         repaired = repair(box, story, report.findings)
-        mended = clock.monotonic() - struck
-        proof = prove_live(box, story)
-        verified = clock.monotonic() - struck
-        kept = ask_witness(box, story)
-        counters = box.workload.counters
-        return Scorecard(
-            scenario=FAULTY_DISK.name,
-            title=FAULTY_DISK.title,
-            seed=seed,
-            seconds=Seconds(detect, diagnosed, mended, verified),
-            cause_first=not unnamed,
-            acknowledged_commits=kept.promised,
-            good_transactions_lost=kept.lost + kept.changed,
-            later_work_kept=kept.promised - kept.lost,
-            failed_requests=counters.failed,
-            longest_stall=counters.longest_stall,
-            findings=tuple(finding.summary for finding in report.findings),
-            gates=(
-                gate(
-                    "silent while healthy", not healthy.findings, f"{len(healthy.findings)} before the fault"
-                ),
-                gate("all damage named", not unnamed, f"{len(damaged)} pages, {len(unnamed)} not named"),
-                *live_gates(repaired, kept, proof),
-            ),
-            writers_blocked=blocked(repaired.recovery),
-        )
+        named = gate("all damage named", not unnamed, f"{len(damaged)} pages, {len(unnamed)} not named")
+        played = Played(healthy, report, not unnamed, (named,), repaired)
+        seconds = Seconds(detect, diagnosed, clock.monotonic() - struck)
+        return finish(box, story, FAULTY_DISK, seed, struck, played, seconds)
 
 
 def _remember(box: Sandbox, scale: Scale) -> tuple[_Page, bytes]:

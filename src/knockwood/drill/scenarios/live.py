@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from knockwood.drill.sandbox import Sandbox
-from knockwood.drill.scenarios.base import gate, missing
-from knockwood.drill.scorecard import Gate
+from knockwood.drill.scenarios.base import Scenario, gate, missing
+from knockwood.drill.scorecard import Gate, Scorecard, Seconds
 from knockwood.drill.story import Kind, Story
 from knockwood.drill.witness import altered
 from knockwood.drill.workload import totals_present
 from knockwood.errors import PostgresError
+from knockwood.host import clock
+from knockwood.integrity.run import Report
 from knockwood.model import Finding, Proof, Recovery, Verdict
 from knockwood.operations import recover, revert
 from knockwood.operations.proving import prove_cluster
@@ -138,7 +140,7 @@ def ask_witness(box: Sandbox, story: Story) -> Kept:
     return kept
 
 
-def live_gates(repaired: Repaired | Reverted, kept: Kept, proof: Proof) -> tuple[Gate, ...]:
+def _live_gates(repaired: Repaired | Reverted, kept: Kept, proof: Proof) -> tuple[Gate, ...]:
     """The gates of a repair in place."""
     recovery = repaired.recovery
     complete = recovery is not None and recovery.verdict is Verdict.HELD
@@ -147,6 +149,48 @@ def live_gates(repaired: Repaired | Reverted, kept: Kept, proof: Proof) -> tuple
         gate("repaired in place", complete, told),
         gate("no acknowledged commit lost", kept.all, str(kept)),
         gate("production proved", proof.verdict is Verdict.HELD, str(proof.verdict)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What a scenario of a repair in place came to; `gates` are its own, beside those of every such repair."""
+
+    healthy: Report
+    report: Report
+    cause_first: bool
+    gates: tuple[Gate, ...]
+    done: Repaired | Reverted
+
+
+def finish(
+    box: Sandbox, story: Story, scenario: Scenario, seed: int, struck: float, played: Played, seconds: Seconds
+) -> Scorecard:
+    """Prove production, ask the witness, and write the scorecard; `seconds` are known up to the repair's end."""
+    proof = prove_live(box, story)
+    verified = clock.monotonic() - struck
+    kept = ask_witness(box, story)
+    later = sum(entry.at > struck for entry in box.witness.promises())
+    counters = box.workload.counters
+    silent = gate(
+        "silent while healthy",
+        not played.healthy.findings,
+        f"{len(played.healthy.findings)} findings before the fault",
+    )
+    return Scorecard(
+        scenario=scenario.name,
+        title=scenario.title,
+        seed=seed,
+        seconds=replace(seconds, verify=verified),
+        cause_first=played.cause_first,
+        acknowledged_commits=kept.promised,
+        good_transactions_lost=kept.lost + kept.changed,
+        later_work_kept=later if kept.all else 0,
+        failed_requests=counters.failed,
+        longest_stall=counters.longest_stall,
+        findings=tuple(finding.summary for finding in played.report.findings),
+        gates=(silent, *played.gates, *_live_gates(played.done, kept, proof)),
+        writers_blocked=blocked(played.done.recovery),
     )
 
 

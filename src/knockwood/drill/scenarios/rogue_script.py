@@ -7,7 +7,7 @@ from pathlib import Path
 
 from knockwood.drill.sandbox import Sandbox, sandbox
 from knockwood.drill.scenarios.base import Scale, Scenario, gate, protect_under_load, watch
-from knockwood.drill.scenarios.live import ask_witness, blocked, live_gates, prove_live, take_back
+from knockwood.drill.scenarios.live import Played, finish, take_back
 from knockwood.drill.scorecard import Scorecard, Seconds
 from knockwood.drill.story import Kind, Story
 from knockwood.drill.workload import INVARIANTS
@@ -27,7 +27,6 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
     """Run the scenario in a sandbox of its own; returns its scorecard."""
     with sandbox(orders=scale.orders, clients=scale.clients, seed=seed, parent=parent) as box:
         healthy = protect_under_load(box, story, scale)
-        script_began = clock.monotonic()
         guilty, rows = _run_script(box)
         struck = clock.monotonic()
         story.say(Kind.FAULT, f"a maintenance script without its WHERE clause changes {rows:,} order lines")
@@ -37,38 +36,13 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
         story.say(Kind.FOUND, f"the broken rows were written by transaction {accused} ({share:.0%} of them)")
         clock.sleep(scale.aftermath)  # people read the page before they act; the shop goes on meanwhile
         reverted = take_back(box, story, (accused,))
-        mended = clock.monotonic() - struck
-        proof = prove_live(box, story)
-        verified = clock.monotonic() - struck
-        kept = ask_witness(box, story)
-        later = sum(entry.at > script_began for entry in box.witness.promises())
-        counters = box.workload.counters
-        return Scorecard(
-            scenario=ROGUE_SCRIPT.name,
-            title=ROGUE_SCRIPT.title,
-            seed=seed,
-            seconds=Seconds(detect, diagnosed, mended, verified),
-            cause_first=accused == guilty,
-            acknowledged_commits=kept.promised,
-            good_transactions_lost=kept.lost + kept.changed,
-            later_work_kept=later if kept.all else 0,
-            failed_requests=counters.failed,
-            longest_stall=counters.longest_stall,
-            findings=tuple(finding.summary for finding in report.findings),
-            gates=(
-                gate(
-                    "silent while healthy",
-                    not healthy.findings,
-                    f"{len(healthy.findings)} findings before the fault",
-                ),
-                gate("the script was found", bool(report.findings), f"{len(report.findings)} findings"),
-                gate(
-                    "the right transaction accused", accused == guilty, f"accused {accused}, ran as {guilty}"
-                ),
-                *live_gates(reverted, kept, proof),
-            ),
-            writers_blocked=blocked(reverted.recovery),
+        gates = (
+            gate("the script was found", bool(report.findings), f"{len(report.findings)} findings"),
+            gate("the right transaction accused", accused == guilty, f"accused {accused}, ran as {guilty}"),
         )
+        played = Played(healthy, report, accused == guilty, gates, reverted)
+        seconds = Seconds(detect, diagnosed, clock.monotonic() - struck)
+        return finish(box, story, ROGUE_SCRIPT, seed, struck, played, seconds)
 
 
 def _accuse(box: Sandbox) -> tuple[int, float]:
