@@ -130,7 +130,7 @@ class PageRepairs:
             programs=self.cluster.programs(plan.backup.major),
             purpose="page repair",
             progress=self.progress,
-            registry=Registry(self.cluster.settings.proof.clones),
+            registry=Registry(self.cluster.settings.proof.clones or self.cluster.state),
         ) as clone:
             return good_images(self.subject, clone, target, blocks)
 
@@ -151,7 +151,7 @@ class PageRepairs:
         From the shadow where that can give one, else of the table alone, else of the whole backup.
         """
         plan = at(self._newest(backup, target))
-        registry = Registry(self.cluster.settings.proof.clones)
+        registry = Registry(self.cluster.settings.proof.clones or self.cluster.state)
         warm = warm_clone(self.cluster, self.repository, plan, registry=registry, wait=2)
         if warm is not None:
             return warm
@@ -344,12 +344,9 @@ class _Rows:
         xid = journal.notes.get("xid")
         if xid is None:
             return _nothing_to_undo(step, journal, "no row was changed")
-        return StepResult(
-            step.kind,
-            step.title,
-            Outcome.FAILED,
-            f"if transaction {xid} was committed, `knockwood revert {xid}` takes it back",
-            evidence=journal.evidence_paths,
+        raise RefusedError(
+            f"transaction {xid} may have been committed, and others may have built on it",
+            hint=f"knockwood recover --resume, then knockwood revert {xid}",
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from knockwood.clone.registry import Registry
 from knockwood.errors import KnockwoodError, ObjectExistsError, RefusedError
 from knockwood.integrity.check import Budget, NotChecked, Subject, Weight
 from knockwood.integrity.registry import select
@@ -212,15 +213,19 @@ class _Run:
         if RESTORE_TABLE in kinds:
             from knockwood.operations.restore_table_in_place import table_handler
 
-            found.append(table_handler(self.repository, self.cluster.dsn, programs_for=self.cluster.programs))
+            clones = Registry(self.cluster.settings.proof.clones or self.cluster.state)
+            found.append(
+                table_handler(
+                    self.repository,
+                    self.cluster.dsn,
+                    programs_for=self.cluster.programs,
+                    registry=clones,
+                )
+            )
         if "revert" in kinds:
             from knockwood.operations import revert
 
             found.append(revert.handler(self.cluster))
-        if "restore-table" in kinds:
-            from knockwood.operations.restore_table_in_place import table_handler
-
-            found.append(table_handler(self.repository, self.cluster.dsn, programs_for=self.cluster.programs))
         if IN_PLACE in kinds:
             from knockwood.operations.recover_whole import in_place
 

@@ -76,7 +76,7 @@ def restore_in_place(
     if mode not in MODES:
         raise UsageError(f"not a mode: {mode!r}", hint=f"one of {', '.join(MODES)}")
     plan = resolve(repository, target, backup=backup, accept_loss=accept_loss, programs_for=programs_for)
-    spawned = _spawn(repository, plan, table, programs_for, progress, registry)
+    spawned = _spawn(repository, plan, table, programs_for, progress, registry or Registry(state))
     with spawned as clone:
         found = _examine(clone, cluster, plan, table, live_dsn, mode)
         if not apply or found.refused:

@@ -122,7 +122,8 @@ def propose(
     notes = [READS] if freshness.complete else [READS, freshness.detail]
     tell("reading the archive's index")
     index = ArchiveIndex.open(repository, programs_for=cluster.programs)
-    work = _Proposing(cluster, index, wish, registry, tell, notes, freshness.complete)
+    clones = registry or Registry(cluster.settings.proof.clones or cluster.state)
+    work = _Proposing(cluster, index, wish, clones, tell, notes, freshness.complete)
     return work.propose(_named(index, wish.xids), gathered or Gathered())
 
 

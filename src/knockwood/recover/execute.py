@@ -145,7 +145,8 @@ def roll_back(
 ) -> Recovery:
     """Take back what an unfinished execution has done, the last step first.
 
-    Resumes a roll-back that was killed. Raises RefusedError when the execution is finished.
+    Resumes a roll-back that was killed. Where a step refuses before any is undone (others may have built on
+    it), all stays as it was, and `resume` is open again. Raises RefusedError when the execution is finished.
     """
     with cluster_lock(_state_of(folder), Journal.open(folder).plan.cluster):
         journal = Journal.open(folder, write=True)
@@ -223,6 +224,8 @@ def _backward(
             progress(StepProgress(step, position + 1, len(steps), result))
         if result.outcome not in _UNDONE:
             journal.append("failed", step=position, reason=result.detail, result=result.as_json())
+            if result.outcome is Outcome.REFUSED and not _undone(journal):
+                journal.append("stays", step=position)
             return _recovery(journal, (*_undone(journal).values(), result), clock.now())
         journal.append("undone", step=position, result=result.as_json())
     return _finish(journal, "rolled back", tuple(_undone(journal).values()), None, keep)
@@ -268,7 +271,9 @@ def _finish(
 ) -> Recovery:
     """Verify, keep the outcome, and close the journal. A run killed in between goes on with what it verified."""
     before = [
-        e for e in journal.events if e["event"] not in ("resumed", "rolling_back", "stopped", "started")
+        e
+        for e in journal.events
+        if e["event"] not in ("resumed", "rolling_back", "stopped", "started", "stays")
     ]
     if before and before[-1]["event"] == "verified" and before[-1]["how"] == how:
         verified = before[-1]
@@ -313,7 +318,8 @@ def _began(journal: Journal) -> datetime:
 
 
 def _rolling_back(journal: Journal) -> bool:
-    return any(event["event"] == "rolling_back" for event in journal.events)
+    said = [event["event"] for event in journal.events if event["event"] in ("rolling_back", "stays")]
+    return bool(said) and said[-1] == "rolling_back"
 
 
 def _by_kind(plan: Plan, handlers: Iterable[Handler]) -> dict[str, Handler]:

@@ -132,6 +132,33 @@ def test_rolled_back_from_the_last_step_to_the_first(tmp_path: Path) -> None:
     assert unfinished(tmp_path) == []
 
 
+def test_a_roll_back_that_is_refused_leaves_the_way_forward_open(tmp_path: Path) -> None:
+    done: list[str] = []
+    handlers = [Handler("a", {"third": HostError("no")}, done=done), Handler("b", done=done)]
+    execute(PLAN, handlers, tmp_path, approve=PLAN.id)
+    [entry] = unfinished(tmp_path)
+    handlers[0].answers["back third"] = RefusedError("others have built on it")
+    recovery = roll_back(entry.folder, handlers)
+    assert recovery.results[-1].outcome is Outcome.REFUSED
+    [entry] = unfinished(tmp_path)
+    assert not entry.rolling_back
+    assert entry.reason == "others have built on it"
+    handlers[0].answers.clear()
+    assert resume(entry.folder, handlers).complete
+    assert done == ["first", "second", "third"]
+    assert unfinished(tmp_path) == []
+
+
+def test_half_rolled_back_it_goes_no_other_way(tmp_path: Path) -> None:
+    handlers = [Handler("a", {"third": HostError("no")}), Handler("b")]
+    execute(PLAN, handlers, tmp_path, approve=PLAN.id)
+    [entry] = unfinished(tmp_path)
+    handlers[1].answers["back second"] = RefusedError("others have built on it")
+    roll_back(entry.folder, handlers)
+    with pytest.raises(RefusedError, match="being rolled back"):
+        resume(entry.folder, handlers)
+
+
 def test_a_defect_is_raised_and_leaves_the_run_open(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         execute(
