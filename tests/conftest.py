@@ -6,6 +6,7 @@ import os
 
 from hypothesis import settings
 
+from fix_cli import line
 from fix_s3 import s3_proxy, s3_server
 from fix_server import (
     every_version,
@@ -19,6 +20,7 @@ from fix_server import (
 __all__ = [
     "every_version",
     "installations",
+    "line",
     "new_server",
     "new_server_of_module",
     "s3_proxy",

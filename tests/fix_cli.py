@@ -11,18 +11,20 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import knockwood
 from knockwood.cli.main import main
 from knockwood.host import privileges
 from knockwood.postgres.binaries import Programs
 from knockwood.postgres.connection import connect
-from knockwood.postgres.server import LocalServer
+from knockwood.postgres.server import SUPERUSER, LocalServer
 
 _SOURCE = Path(knockwood.__file__).parent.parent
 _PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "USER", "LOGNAME")
@@ -194,3 +196,15 @@ def command_line(
     finally:
         server.stop("immediate")
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def line(
+    shared_folder: Path, templates: Callable[[int, int], Path], installations: dict[int, Programs]
+) -> Iterator[CommandLine]:
+    """A protected cluster of PostgreSQL 18 and its commands, called in this process, as a superuser."""
+    with command_line(shared_folder, templates(18, 1), installations[18]) as made:
+        made.in_process = True
+        made.init()
+        made.edit("user=knockwood", f"user={SUPERUSER}")
+        yield made

@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import pytest
-
-from fix_cli import CommandLine, Ended, command_line
+from fix_cli import CommandLine, Ended
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.freshness import bring_up_to_date
 from knockwood.postgres.connection import connect
-from knockwood.postgres.server import SUPERUSER
 from knockwood.settings import load
-
-if TYPE_CHECKING:
-    from knockwood.postgres.binaries import Programs
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"^```(toml|sql|console)( \w+)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture
-def line(
-    shared_folder: Path, templates: Callable[[int, int], Path], installations: dict[int, Programs]
-) -> Iterator[CommandLine]:
-    with command_line(shared_folder, templates(18, 1), installations[18]) as made:
-        made.in_process = True
-        made.init()
-        made.edit("user=knockwood", f"user={SUPERUSER}")
-        yield made
 
 
 def tell(line: CommandLine, story: Path, statuses: dict[str, int]) -> tuple[int, list[tuple[str, Ended]]]:

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import pytest
-
-from fix_cli import CommandLine, command_line
+from fix_cli import CommandLine
 from knockwood.postgres.connection import connect
-from knockwood.postgres.server import SUPERUSER
-
-if TYPE_CHECKING:
-    from knockwood.postgres.binaries import Programs
 
 STORY = Path(__file__).resolve().parents[2] / "docs" / "revert.md"
 BLOCK = re.compile(r"^```(sql|console)( \w+)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture
-def line(
-    shared_folder: Path, templates: Callable[[int, int], Path], installations: dict[int, Programs]
-) -> Iterator[CommandLine]:
-    with command_line(shared_folder, templates(18, 1), installations[18]) as made:
-        made.in_process = True
-        made.init()
-        made.edit("user=knockwood", f"user={SUPERUSER}")
-        yield made
 
 
 def test_the_story_is_true(line: CommandLine) -> None:

@@ -6,34 +6,18 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from fix_cli import CommandLine, command_line
+from fix_cli import CommandLine
 from fix_recover import killed
 from knockwood.postgres.connection import connect
 from knockwood.postgres.server import SUPERUSER
 from knockwood.repository.repository import Repository
 from knockwood.repository.storage import open_storage
 
-if TYPE_CHECKING:
-    from knockwood.postgres.binaries import Programs
-
 CHECKS = ("--check", "invalid_indexes", "--check", "sequences", "--check", "constraints")
-
-
-@pytest.fixture
-def line(
-    shared_folder: Path, templates: Callable[[int, int], Path], installations: dict[int, Programs]
-) -> Iterator[CommandLine]:
-    with command_line(shared_folder, templates(18, 1), installations[18]) as made:
-        made.in_process = True
-        made.init()
-        made.edit("user=knockwood", f"user={SUPERUSER}")
-        yield made
 
 
 def kinds(answer: dict[str, Any]) -> list[str]:
