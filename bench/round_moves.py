@@ -127,8 +127,9 @@ def _typed(mover: Mover) -> Made:
 
 
 def _some(mover: Mover, made: Made, most: int = 10) -> dict[str, str | None]:
-    """New values for some columns, by name."""
-    chosen = mover.rng.sample(made.columns, mover.rng.randint(1, min(most, len(made.columns))))
+    """New values for some columns, by name; for whole rows for most of them."""
+    least = most // 2 if most >= len(made.columns) else 1
+    chosen = mover.rng.sample(made.columns, mover.rng.randint(least, min(most, len(made.columns))))
     return {name: mover.world.values.taken(mover.rng, each) for name, each in chosen}
 
 
@@ -140,7 +141,7 @@ def _casts(made: Made, names: list[str]) -> list[str]:
 def insert_typed(mover: Mover) -> None:
     made = _typed(mover)
     for _ in range(mover.rng.randint(1, 3)):
-        row = _some(mover, made, 24)
+        row = _some(mover, made, len(made.columns))
         names = list(row)
         identity = made.make in ("identity", "default")
         key = [] if identity else ["id"]
@@ -153,7 +154,7 @@ def insert_typed(mover: Mover) -> None:
 
 def copy_typed(mover: Mover) -> None:
     made = _typed(mover)
-    names = list(_some(mover, made, 24))
+    names = list(_some(mover, made, len(made.columns)))
     types = dict(made.columns)
     begin = mover.one(f"select coalesce(max(id), 0) + 1000 from {made.name}")
     rows: list[list[str | None]] = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import time
@@ -58,12 +57,14 @@ class Tally:
     rows: int = 0
     seconds: float = 0.0
     kinds: Counter[str] = field(default_factory=Counter)
+    put_back: Counter[str] = field(default_factory=Counter)
     wrong: list[dict[str, Any]] = field(default_factory=list)
     schema: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> Tally:
-        return cls(**{**stored, "kinds": Counter(stored["kinds"])})
+        counted = {name: Counter(stored.get(name, {})) for name in ("kinds", "put_back")}
+        return cls(**{**stored, **counted})
 
 
 class DiffersError(Exception):
@@ -130,6 +131,7 @@ def block(ground: Ground, rng: random.Random, size: int, tally: Tally) -> None:
         # Those that changed nothing lie between the others.
         tally.forth += size - sum(last - first for _, first, last in reverts)
         _require(judge, size)
+        tally.put_back.update(_values_of(ground.world, gathered))
     except (DiffersError, KnockwoodError) as error:
         tally.wrong.append(
             {
@@ -161,6 +163,23 @@ def _gathered(ground: Ground, xids: list[int]) -> Gathered:
         if found.reasons:
             raise DiffersError(f"the changes cannot be read: {found.reasons}")
     return found
+
+
+def _values_of(world: World, gathered: Gathered) -> Iterator[str]:
+    """The types of the values, NULL left out, that a revert had to write, one by one."""
+    types = {
+        (each.name, name): kind.name for each in (*world.typed, *world.keyed) for name, kind in each.columns
+    }
+    for culprit in gathered.culprits.values():
+        for change in culprit.changes:
+            for name, value in (change.before or {}).items():
+                kind = types.get((f"{change.table.schema}.{change.table.name}", name))
+                if (
+                    kind
+                    and value.text is not None
+                    and (change.after is None or not value.same(change.after[name]))
+                ):
+                    yield kind
 
 
 def _reverted(ground: Ground, xids: list[int], gathered: Gathered, tally: Tally) -> int | None:
@@ -208,6 +227,7 @@ def run(
             "types": world.types,
             "columns": world.columns,
             "tables": here.judge.tables,
+            "stored": sorted({kind.name for each in world.typed for _, kind in each.columns}),
             "not_stored": world.not_stored,
             "null_only": world.values.empty,
         }
@@ -255,6 +275,14 @@ def report(stored: dict[str, dict[str, Any]]) -> str:
         markdown(("statement", "kept"), [[kind, str(count)] for kind, count in sorted(kinds.items())])
     )
     newest = Tally.of(stored[max(stored)]).schema
+    written: Counter[str] = Counter()
+    for entry in stored.values():
+        written += Tally.of(entry).put_back
+    lacking = sorted(set(newest["stored"]) - set(newest["null_only"]) - written.keys())
+    parts.append(
+        f"Values of {len(written)} types were put back, {written.total()} in all; none, by chance, of"
+        f" {len(lacking)}: {', '.join(lacking) or 'no type'}."
+    )
     for title, which in (("cannot be stored", "not_stored"), ("NULL only", "null_only")):
         reasons: dict[str, list[str]] = {}
         for kind, reason in newest[which].items():
@@ -272,7 +300,6 @@ def main() -> int:
     parser.add_argument("--block", type=int, default=BLOCK)
     given = parser.parse_args()
     end_cleanly()
-    os.nice(5)
     OUT.mkdir(exist_ok=True)
     stored = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     name = f"{given.postgres}/{given.seed}"

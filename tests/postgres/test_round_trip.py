@@ -36,6 +36,19 @@ def test_there_and_back(shared_folder: Path) -> None:
     assert tally.rows > 20
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("bench")
+@pytest.mark.timeout(600)
+def test_culprits_are_reverted_exactly_or_refused_exactly(shared_folder: Path) -> None:
+    from culprit_cases import CULPRITS
+    from culprit_matrix import run
+
+    came = run(18, CULPRITS, shared_folder)
+    assert [each for each in came if each.wrong] == []
+    assert sum(each.answer.startswith("reverted") for each in came) == 17
+    assert sum(each.answer.startswith("refused") for each in came) == 6
+
+
 @pytest.mark.usefixtures("bench")
 def test_the_judge_sees_what_compares_as_equal(new_server: ServerFactory) -> None:
     from round_schema import Judge
