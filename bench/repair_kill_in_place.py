@@ -12,6 +12,7 @@ from pathlib import Path
 from kill_checks import cannot_start, leftovers, strays
 from kill_site import Site, must_backup
 from knockwood.errors import PostgresError
+from knockwood.repository.walk import workplace
 from repair_kill_base import Repair, ask, swallowed
 
 _STARTS_WITHIN = 60.0
@@ -110,7 +111,9 @@ class InPlace(Repair):
             if ".old-" not in folder.name and ".rolled-back-" not in folder.name:
                 wrong.append(f"left behind: {folder.name}")
             shutil.rmtree(folder)
-        cluster = site.cluster()
+        # What was read of the WAL for a while is removed by whoever reads WAL next; a roll-back does not.
+        with workplace():
+            cluster = site.cluster()
         return wrong + leftovers(site, cluster.repository(), cluster.state) + strays(site)
 
 

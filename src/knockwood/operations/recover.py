@@ -156,6 +156,8 @@ def resume(
     if not entries:
         raise RefusedError("no recovery of this cluster is unfinished", where=cluster.name)
     folder = entries[0].folder
+    # Those of the run that was killed: this one may need none, and would leave them.
+    _clones(cluster).sweep()
     with _Run(cluster, entries[0].plan, here, on_check) as run:
         if back:
             recovery = execution.roll_back(folder, run.handlers, keep=run.keep, progress=on_step)
@@ -213,13 +215,12 @@ class _Run:
         if RESTORE_TABLE in kinds:
             from knockwood.operations.restore_table_in_place import table_handler
 
-            clones = Registry(self.cluster.settings.proof.clones or self.cluster.state)
             found.append(
                 table_handler(
                     self.repository,
                     self.cluster.dsn,
                     programs_for=self.cluster.programs,
-                    registry=clones,
+                    registry=_clones(self.cluster),
                 )
             )
         if "revert" in kinds:
@@ -331,6 +332,10 @@ def _with_lost_writes(cluster: Cluster, report: Report, progress: OnCheck | None
         return report
     more = check(cluster, ["lost_writes"], progress=progress)
     return Report((*report.results, *more.results))
+
+
+def _clones(cluster: Cluster) -> Registry:
+    return Registry(cluster.settings.proof.clones or cluster.state)
 
 
 def _repository(cluster: Cluster) -> tuple[Repository | None, str]:

@@ -122,8 +122,7 @@ def propose(
     notes = [READS] if freshness.complete else [READS, freshness.detail]
     tell("reading the archive's index")
     index = ArchiveIndex.open(repository, programs_for=cluster.programs)
-    clones = registry or Registry(cluster.settings.proof.clones or cluster.state)
-    work = _Proposing(cluster, index, wish, clones, tell, notes, freshness.complete)
+    work = _Proposing(cluster, index, wish, registry or _clones(cluster), tell, notes, freshness.complete)
     return work.propose(_named(index, wish.xids), gathered or Gathered())
 
 
@@ -157,6 +156,8 @@ def unfinished(cluster: Cluster, xids: Sequence[int]) -> Unfinished | None:
 
 def resume(cluster: Cluster, entry: Unfinished, on_step: OnStep | None = None) -> Executed:
     """Go on with an execution that was killed: it finds out by itself whether it had committed."""
+    # Of the run that was killed: this one needs none.
+    _clones(cluster).sweep()
     recovery = execution.resume(
         entry.folder,
         [handler(cluster)],
@@ -164,6 +165,10 @@ def resume(cluster: Cluster, entry: Unfinished, on_step: OnStep | None = None) -
         progress=on_step,
     )
     return _executed(entry.plan, recovery)
+
+
+def _clones(cluster: Cluster) -> Registry:
+    return Registry(cluster.settings.proof.clones or cluster.state)
 
 
 def handler(cluster: Cluster) -> RevertHandler:
