@@ -14,10 +14,12 @@ import psycopg
 from kill_checks import PATIENCE, leftovers, problem, strays
 from kill_operations import Operation
 from kill_site import Site, must_backup
+from knockwood.clone.registry import Registry
 from knockwood.drill.witness import loss
 from knockwood.drill.workload import tokens_present
 from knockwood.postgres.connection import connect
 from knockwood.recover.execute import unfinished
+from knockwood.repository.walk import workplace
 from sandbox import Said
 
 READER = "reader"
@@ -49,6 +51,7 @@ class Repair(Operation):
         self.turns = 0
         self.killing_again = False
         self.promised = 0
+        self.ran = False
         self.own: frozenset[str] = frozenset()
 
     # --- of each repair ---------------------------------------------------------------------------
@@ -113,7 +116,7 @@ class Repair(Operation):
         return wrong
 
     def again(self, site: Site) -> list[str]:
-        self.killing_again = False
+        self.killing_again = self.ran = False
         wrong: list[str] = []
         if self.unfinished(site):
             self.turns += 1
@@ -131,6 +134,12 @@ class Repair(Operation):
 
     def clean(self, site: Site) -> list[str]:
         cluster = site.cluster()
+        if not self.ran:
+            # All was done but for its own tidying: whoever makes a clone next begins with this.
+            Registry(cluster.state).sweep()
+        # So does whoever reads WAL next; a roll-back does not.
+        with workplace():
+            pass
         wrong = leftovers(site, cluster.repository(), cluster.state) + strays(site)
         more = _objects(site) - self.own
         return wrong + [f"left behind in the server: {name}" for name in sorted(more)]
@@ -139,6 +148,7 @@ class Repair(Operation):
 
     def run(self, site: Site, words: Sequence[str], how: str) -> list[str]:
         """Run one command; it must carry the repair to its end."""
+        self.ran = True
         said = site.run(words, timeout=300)
         recovery = recovery_of(said)
         if recovery is None:
@@ -154,6 +164,7 @@ class Repair(Operation):
 
     def rolled_back(self, site: Site) -> list[str]:
         """Take it back. Where that is refused, because others may have built on it, it must be resumed."""
+        self.ran = True
         said = site.run(["recover", "--roll-back"], timeout=300)
         recovery = recovery_of(said)
         if recovery is None:

@@ -111,7 +111,6 @@ class InPlace(Repair):
             if ".old-" not in folder.name and ".rolled-back-" not in folder.name:
                 wrong.append(f"left behind: {folder.name}")
             shutil.rmtree(folder)
-        # What was read of the WAL for a while is removed by whoever reads WAL next; a roll-back does not.
         with workplace():
             cluster = site.cluster()
         return wrong + leftovers(site, cluster.repository(), cluster.state) + strays(site)
