@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -40,7 +40,7 @@ from knockwood.recover.execute import Handler
 from knockwood.recover.indexes import mend_indexes, reindex
 from knockwood.recover.journal import StepJournal
 from knockwood.recover.pages_facts import Target
-from knockwood.recover.pages_images import Good, UnprovenError, good_images
+from knockwood.recover.pages_images import Good, good_images
 from knockwood.recover.pages_maps import rebuild_map
 from knockwood.recover.pages_session import Patience
 from knockwood.recover.pages_write import Images, OutdatedError, Repaired, repair, standbys
@@ -96,32 +96,60 @@ class PageRepairs:
             self._subject = subject
         return self._subject
 
-    def images(self, backup: str) -> Images:
-        """Asks a clone of this backup, made or made anew as needed, for images."""
+    def images(self, backups: Sequence[str]) -> Images:
+        """Asks a clone of the first backup, made or made anew as needed, for images; of those that are not
+        proven there (it may have been taken after the damage) the next."""
 
-        def ask(target: Target, blocks: Collection[int], before: Lsn | None = None) -> Good:
-            if before is not None:
-                return self._from_before(before, backup, target, blocks)
-            key = (backup, target.owner_oid)
-            clone = self._clones.get(key)
-            if clone is None:
-                clone = self._clones[key] = self.clone_at(backup, target)
-            whole = type(clone) is Clone  # others are shared or not complete: never opened for writes
-            try:
+        def ask(
+            target: Target,
+            blocks: Collection[int],
+            before: Lsn | None = None,
+            beyond: Mapping[int, Lsn] = facts.NOTHING_KNOWN,
+        ) -> Sequence[Good]:
+            found: list[Good] = []
+            doubts: dict[int, str] = {}
+            left = set(blocks)
+            for backup in backups:
                 try:
-                    return good_images(self.subject, clone, target, blocks, may_promote=whole)
-                except UnprovenError:
-                    if whole:
+                    if before is not None:
+                        good = self._from_before(before, backup, target, left, beyond)
+                    else:
+                        good = self._newest_images(backup, target, left, beyond)
+                except KnockwoodError:
+                    if not found:
                         raise
-                    self._move_on(clone, backup, target)
-                    return good_images(self.subject, clone, target, blocks, may_promote=False)
-            except KnockwoodError:
-                self.forget(backup, target)
-                raise
+                    break  # an older backup is a help, not a need
+                found.append(good)
+                left -= good.images.keys()
+                doubts = {block: doubts.get(block, good.doubts[block]) for block in left}
+                if not left:
+                    break
+            found[-1] = replace(found[-1], doubts=doubts)
+            return found
 
         return ask
 
-    def _from_before(self, lsn: Lsn, backup: str, target: Target, blocks: Collection[int]) -> Good:
+    def _newest_images(
+        self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
+    ) -> Good:
+        key = (backup, target.owner_oid)
+        clone = self._clones.get(key)
+        if clone is None:
+            clone = self._clones[key] = self.clone_at(backup, target)
+        whole = type(clone) is Clone  # others are shared or not complete: never opened for writes
+        try:
+            good = good_images(self.subject, clone, target, blocks, beyond=beyond, may_promote=whole)
+            if not good.doubts or whole:
+                return good
+            self._move_on(clone, backup, target)
+            return good_images(self.subject, clone, target, blocks, beyond=beyond, may_promote=False)
+        except KnockwoodError:
+            self.forget(backup, target)
+            raise
+
+    def _from_before(
+        self, lsn: Lsn, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
+    ) -> Good:
         """Images from before a record, of a whole clone: it has to be promoted to write them all down."""
         plan = _before(self._newest(backup, target), lsn)
         with spawn(
@@ -132,7 +160,7 @@ class PageRepairs:
             progress=self.progress,
             registry=Registry(self.cluster.settings.proof.clones or self.cluster.state),
         ) as clone:
-            return good_images(self.subject, clone, target, blocks)
+            return good_images(self.subject, clone, target, blocks, beyond=beyond)
 
     def forget(self, backup: str, target: Target) -> None:
         """Destroy the clone of a backup that holds the target: the next one stands at a later point."""
@@ -228,6 +256,9 @@ class _Pages:
         done = self._repaired(words, journal)
         others = standbys(self.context.subject)
         verdict = f"mended {len(done.mended)} pages" if done.mended else "the pages were sound already"
+        if done.unproven:
+            left = "; ".join(f"block {block}: {why}" for block, why in sorted(done.unproven.items())[:5])
+            verdict += f", but not {len(done.unproven)} that no backup has a proven image of ({left})"
         told = f"; standbys not checked: {', '.join(others)}" if others else ""
         return StepResult(
             step.kind,
@@ -239,6 +270,7 @@ class _Pages:
             values={
                 "mended": done.mended,
                 "healthy": done.healthy,
+                "not_mended": {str(block): why for block, why in done.unproven.items()},
                 "damage": {str(block): text for block, text in done.described.items()},
                 "lock": done.lock,
                 "locked_seconds": round(done.locked_seconds, 3),
@@ -249,7 +281,7 @@ class _Pages:
 
     def _repaired(self, words: Any, journal: StepJournal) -> Repaired:
         context = self.context
-        images = context.images(words["backup"])
+        images = context.images([words["backup"], *words.get("older", ())])
         for attempt in range(_NEW_CLONES):
             try:
                 return repair(
@@ -261,6 +293,7 @@ class _Pages:
                     Lsn.parse(words["since"]),
                     images=images,
                     keep=_keeper(journal),
+                    beyond={int(block): Lsn.parse(lsn) for block, lsn in words.get("beyond", {}).items()},
                     patience=context.patience,
                 )
             except OutdatedError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -30,13 +31,27 @@ from knockwood.recover.indexes import index_named
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_session import Session, session
 from knockwood.recover.pages_write import Looked, look
-from knockwood.recover.plan.pages import Procedure, find_poison
+from knockwood.recover.plan.pages import Procedure
 from knockwood.recover.rows import shape_of
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.repository import Repository
 
-_ORDER: Final = (REPAIR, MAPS, ROWS, REINDEX)
+_READ: Final = re.compile(r"[0-9A-F]+/[0-9A-F]+\.\.([0-9A-F]+/[0-9A-F]+) ")
+
+_OLDER: Final = 2
+"""How many older backups are tried where the first one's page is not proven good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a check knows of a page's last change: the record's start, and up to where it read the WAL.
+
+    None: it knows of no record.
+    """
+
+    lsn: Lsn | None = None
+    read_to: Lsn | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -73,7 +88,8 @@ def plan_pages(
     The server is only read, but for a message of a few bytes that makes it flush its WAL, and extensions that
     a database lacks, made in a transaction that is rolled back. What is not safe is in `refused`, with the
     reason; pages that turn out to be sound need no step. `backup` names the base backup to take good pages
-    from; by default the newest that is older than the damage is known to be.
+    from; by default the newest that is older than the damage is known to be, or else the newest whose image
+    holds the change that was lost.
     Raises PostgresError where the server does not answer.
     """
     items = list(damaged)
@@ -84,7 +100,7 @@ def plan_pages(
     else:
         require_own_folder(subject, subject.data_directory)
         work.plan(items)
-    steps = sorted(work.steps, key=lambda step: _ORDER.index(step.kind))
+    steps = _ordered(work.steps)
     healed = tuple(item for item in items if isinstance(item, Finding) and work.heals(item))
     return Plan(
         cluster.name,
@@ -115,7 +131,7 @@ class _Planning:
                 self._map(databases, PageRef(finding.location.file, 0), "vm", [], finding)
             elif not pages_of(finding):
                 self.refused.append(f"{finding.check}: {finding.summary}: it names no page")
-        pages = {ref: lsn for item in items if not _about_map(item) for ref, lsn in _with_lsn(item).items()}
+        pages = _pages(item for item in items if not _about_map(item))
         by_file: dict[str, list[PageRef]] = defaultdict(list)
         for ref in sorted(pages):
             parsed = parse_path(ref.file)
@@ -125,7 +141,7 @@ class _Planning:
                 by_file[f"{parsed.relation_path} {parsed.fork}"].append(ref)
         for refs in by_file.values():
             try:
-                self._file(databases, refs, [pages[ref] for ref in refs])
+                self._file(databases, {ref: pages[ref] for ref in refs})
             except KnockwoodError as error:
                 self.refused.append(f"{refs[0].file}: {error}")
 
@@ -146,7 +162,8 @@ class _Planning:
 
     # --- one file ---------------------------------------------------------------------------------
 
-    def _file(self, databases: Mapping[int, str], refs: list[PageRef], records: list[Lsn | None]) -> None:
+    def _file(self, databases: Mapping[int, str], known: Mapping[PageRef, Seen]) -> None:
+        refs = list(known)
         parsed = parse_path(refs[0].file)
         assert parsed is not None
         if parsed.database == 0:
@@ -160,27 +177,55 @@ class _Planning:
             self._map(databases, refs[0], parsed.fork, blocks, None)
             self.covered.update(refs)
             return
-        chosen = self._backup([lsn for lsn in records if lsn is not None])
+        groups: dict[str, list[PageRef]] = defaultdict(list)
+        choices: dict[str, list[Backup]] = {}
+        for ref, seen in known.items():
+            try:
+                chosen = self._backups(seen)
+            except KnockwoodError as error:
+                self.refused.append(f"{ref.file} block {ref.block}: {error}")
+                continue
+            choices[chosen[0].id] = chosen
+            groups[chosen[0].id].append(ref)
         node = (parsed.tablespace, parsed.database, parsed.filenode)
         with session(self.subject, database) as tools:
             target = facts.target_at(tools.connection, database, node)
-            seen = look(tools, target, blocks, chosen.start_lsn)
-            self._judged(tools, target, seen, chosen, refs)
+            for name, some in groups.items():
+                told = {ref.block: known[ref].lsn for ref in some}
+                beyond = {block: lsn for block, lsn in told.items() if lsn is not None}
+                looked = look(tools, target, sorted(told), choices[name][0].start_lsn, beyond=beyond)
+                self._judged(tools, target, looked, choices[name], some, beyond)
 
-    def _backup(self, records: list[Lsn]) -> Backup:
-        """The newest backup from before the last good record known of any of the pages."""
+    def _backups(self, seen: Seen) -> list[Backup]:
+        """The newest backup from before the last good record known of the page, and some older ones.
+
+        If there is none, the newest from before the end of the WAL in which that record was the last: its page
+        has to hold the record, else it was taken after the damage. Between what the check has read and a later
+        backup nobody looked for changes.
+        """
         known = list_backups(self.repository)
         if self.backup is not None:
             known = [each for each in known if each.id == self.backup]
-        before = [each for each in known if not records or each.start_lsn <= min(records)]
-        if not before:
-            raise ObjectMissingError(
-                "there is no base backup from before the damage", hint="take one with `knockwood backup`"
+        if seen.lsn is not None:
+            limit = (
+                seen.lsn if any(each.start_lsn <= seen.lsn for each in known) else seen.read_to or seen.lsn
             )
-        return before[-1]
+            known = [each for each in known if each.start_lsn <= limit]
+        if not known:
+            raise ObjectMissingError(
+                "there is no base backup from before the damage was found",
+                hint="take one with `knockwood backup`",
+            )
+        return [each for each in reversed(known) if each.timeline == known[-1].timeline][: 1 + _OLDER]
 
     def _judged(
-        self, tools: Session, target: Target, seen: Looked, backup: Backup, refs: list[PageRef]
+        self,
+        tools: Session,
+        target: Target,
+        seen: Looked,
+        backups: Sequence[Backup],
+        refs: list[PageRef],
+        beyond: Mapping[int, Lsn],
     ) -> None:
         groups: dict[Procedure, list[int]] = defaultdict(list)
         for block, judgement in sorted(seen.judgements.items()):
@@ -191,27 +236,35 @@ class _Planning:
                 listed = ", ".join(str(block) for block in blocks)
                 self.refused += [f"{target.name} block {listed}: {reason}" for reason in sorted(reasons)]
                 continue
+            if procedure is Procedure.ROWS:
+                blocks = self._rows(tools, target, blocks, seen)
             self.covered.update(ref for ref in refs if ref.block in blocks)
             if procedure is Procedure.REINDEX:
                 self._index(target.database, target.name)
-            elif procedure is Procedure.ROWS:
-                self._rows(tools, target, blocks, seen)
-            elif procedure is not Procedure.NOTHING:
+            elif procedure not in (Procedure.NOTHING, Procedure.ROWS):
                 judgements = {block: seen.judgements[block] for block in blocks}
-                self.steps.append(page_step(target, procedure, judgements, backup))
-                if procedure is Procedure.REPLACE:
-                    self.steps.append(indexes_step(target))
+                self.steps.append(page_step(target, procedure, judgements, backups, beyond))
+                compare = indexes_step(target)
+                if procedure is Procedure.REPLACE and compare not in self.steps:
+                    self.steps.append(compare)
 
-    def _rows(self, tools: Session, target: Target, blocks: list[int], seen: Looked) -> None:
-        """Rows in place of pages; then all indexes of the table are suspect."""
-        shape_of(tools.connection, target)
+    def _rows(self, tools: Session, target: Target, blocks: list[int], seen: Looked) -> list[int]:
+        """Rows in place of pages; then all indexes of the table are suspect. The blocks that have a step."""
+        done: list[int] = []
         for block in blocks:
-            poison = find_poison(seen.wal[block].records)
+            poison = seen.wal[block].poison
             assert poison is not None
             known = [each for each in list_backups(self.repository) if each.stop_lsn <= poison.lost[0]]
-            if not known:
-                raise ObjectMissingError(f"there is no base backup from before {poison.lost[0]}")
+            try:
+                shape_of(tools.connection, target)
+                if not known:
+                    raise ObjectMissingError(f"there is no base backup from before {poison.lost[0]}")
+            except KnockwoodError as error:
+                self.refused.append(f"{target.name} block {block}: {error}")
+                continue
             self.steps.append(rows_step(target, block, poison, known[-1]))
+            done.append(block)
+        return done
 
     # --- indexes and maps -------------------------------------------------------------------------
 
@@ -263,15 +316,46 @@ def _about_map(item: Finding | PageRef) -> bool:
     return isinstance(item, Finding) and item.check == "visibility_map"
 
 
-def _with_lsn(item: Finding | PageRef) -> dict[PageRef, Lsn | None]:
-    """Pages with the last record that the check knew of, which a good backup must be older than."""
+def _with_lsn(item: Finding | PageRef) -> dict[PageRef, Seen]:
+    """Pages with the last record that the check knew of, which a good page must hold."""
     if isinstance(item, PageRef):
-        return {item: None}
+        return {item: Seen()}
     if item.location.index is not None:
         return {}
     told = item.evidence.get("last_record")
-    lsn = Lsn.parse(told) if isinstance(told, str) else None
-    return dict.fromkeys(pages_of(item), lsn)
+    if not isinstance(told, str):
+        return dict.fromkeys(pages_of(item), Seen())
+    read = _READ.match(str(item.evidence.get("wal", "")))
+    return dict.fromkeys(pages_of(item), Seen(Lsn.parse(told), Lsn.parse(read[1]) if read else None))
+
+
+def _pages(items: Iterable[Finding | PageRef]) -> dict[PageRef, Seen]:
+    """The pages that any of the items names, with the best that is known of each."""
+    pages: dict[PageRef, Seen] = {}
+    for item in items:
+        for ref, seen in _with_lsn(item).items():
+            pages[ref] = _newer(pages.get(ref, Seen()), seen)
+    return pages
+
+
+def _newer(one: Seen, other: Seen) -> Seen:
+    """Of two findings about a page the one that knows the later record."""
+    if one.lsn is None or other.lsn is None:
+        return other if one.lsn is None else one
+    return max(one, other, key=lambda seen: (seen.lsn, seen.read_to or Lsn(0)))
+
+
+def _ordered(steps: Iterable[Step]) -> list[Step]:
+    """Pages first. Rows that are brought over are compared with other tables, by their indexes: so these come
+    before, and only the indexes of the table itself afterwards."""
+    steps = list(steps)
+    tables = {(step.arguments["database"], step.arguments["oid"]) for step in steps if step.kind == ROWS}
+
+    def turn(step: Step) -> int:
+        late = (step.arguments["database"], step.arguments["oid"]) in tables
+        return {REPAIR: 0, MAPS: 1, REINDEX: 4 if late else 2, ROWS: 3}[step.kind]
+
+    return sorted(steps, key=turn)
 
 
 def _alternatives(steps: Iterable[Step]) -> tuple[Alternative, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from knockwood.model import Lsn
 from knockwood.model.recovery import Precondition, Step
 from knockwood.recover.indexes import Index
 from knockwood.recover.pages_facts import Target
@@ -38,9 +39,17 @@ _HOW: Final = {
 
 
 def page_step(
-    target: Target, procedure: Procedure, judgements: Mapping[int, Judgement], backup: Backup
+    target: Target,
+    procedure: Procedure,
+    judgements: Mapping[int, Judgement],
+    backups: Sequence[Backup],
+    beyond: Mapping[int, Lsn],
 ) -> Step:
-    """Pages of one table that the same procedure mends."""
+    """Pages of one table that the same procedure mends, from the first of the backups that proves them.
+
+    `beyond` are starts of records known to have changed blocks.
+    """
+    backup, *older = backups
     first = next(iter(judgements.values()))
     kinds = sorted({str(judgement.damage) for judgement in judgements.values()})
     count = f"block{'s' if len(judgements) > 1 else ''} {_listed(judgements)}"
@@ -62,6 +71,16 @@ def page_step(
                 " WAL names it nowhere since, asked under the lock",
             )
         )
+    known = {str(block): str(lsn) for block, lsn in sorted(beyond.items()) if block in judgements}
+    if known:
+        conditions.append(
+            Precondition(
+                "holds the lost change",
+                "the good page is beyond the record that the page here lacks: "
+                + ", ".join(f"block {block} beyond {lsn}" for block, lsn in list(known.items())[:8])
+                + (" and so on" if len(known) > 8 else ""),
+            )
+        )
     readers = "readers and writers go on" if procedure is Procedure.WRITE else "readers and writers wait"
     return Step(
         REPAIR,
@@ -72,6 +91,8 @@ def page_step(
             "procedure": str(procedure),
             "since": str(backup.start_lsn),
             "backup": backup.id,
+            "older": [each.id for each in older],
+            "beyond": known,
         },
         tuple(conditions),
         locks=f"{first.lock} on {target.owner}: {readers}",

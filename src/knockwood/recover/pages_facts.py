@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import psycopg
@@ -26,6 +27,7 @@ from knockwood.recover.plan.pages import (
     segment_path,
 )
 
+NOTHING_KNOWN: Final[Mapping[int, Lsn]] = MappingProxyType({})
 _MOST_MATCHES: Final = 3
 
 
@@ -156,11 +158,17 @@ def flush_wal(subject: Subject, database: str) -> Lsn:
 
 
 def wal_facts(
-    subject: Subject, target: Target, blocks: Collection[int], since: Lsn, until: Lsn
+    subject: Subject,
+    target: Target,
+    blocks: Collection[int],
+    since: Lsn,
+    until: Lsn,
+    beyond: Mapping[int, Lsn] = NOTHING_KNOWN,
 ) -> Mapping[int, WalFacts]:
     """What the WAL in [since, until) says of the blocks, from the server's pg_wal or else the archive.
 
-    Never raises for WAL that cannot be had: then nothing is known, with the reason.
+    `beyond` are starts of records known to have changed blocks. Never raises for WAL that cannot be had: then
+    nothing is known, with the reason.
     """
     if not blocks:
         return {}
@@ -175,8 +183,10 @@ def wal_facts(
             )
             wal.require_unchanged()
     except (HostError, ObjectMissingError) as error:
-        return {block: WalFacts(False, (), since, until, str(error)) for block in blocks}
-    return {block: WalFacts(True, tuple(found[block]), since, until) for block in blocks}
+        return {block: WalFacts(False, (), since, until, str(error), beyond.get(block)) for block in blocks}
+    return {
+        block: WalFacts(True, tuple(found[block]), since, until, beyond=beyond.get(block)) for block in blocks
+    }
 
 
 def length(connection: Connection, target: Target) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from knockwood.integrity.check import Subject
 from knockwood.model.wal import Lsn
 from knockwood.postgres.connection import connect, translated
 from knockwood.postgres.pages import bad_pages, decode_header
-from knockwood.recover.pages_facts import Target, wal_facts
+from knockwood.recover.pages_facts import NOTHING_KNOWN, Target, wal_facts
 from knockwood.recover.plan.pages import PAGE_BYTES, WalFacts, proves_newest, segment_of, segment_path
 from knockwood.repository.plans import RestorePlan
 
@@ -41,7 +41,8 @@ class UnprovenError(RefusedError):
 class Good:
     """Images of blocks as of `reached`, and what the WAL from `since` up to there says of them.
 
-    `empty` are blocks that are all zeros on the clone too, and that no WAL names: nothing ever was on them.
+    `doubts` are blocks of which no image is proven, with the reason. `empty` are blocks that are all zeros on
+    the clone too, and that no WAL names: nothing ever was on them.
     """
 
     reached: Lsn
@@ -49,6 +50,7 @@ class Good:
     images: Mapping[int, bytes]
     wal: Mapping[int, WalFacts]
     empty: frozenset[int] = frozenset()
+    doubts: Mapping[int, str] = field(default_factory=dict)
 
 
 def good_images(
@@ -57,17 +59,19 @@ def good_images(
     target: Target,
     blocks: Collection[int],
     *,
+    beyond: Mapping[int, Lsn] = NOTHING_KNOWN,
     may_promote: bool = True,
 ) -> Good:
     """The newest images of the blocks as of where the clone stands.
 
     A page on the clone's disk is believed when its LSN is that of the last record for its block, in the WAL
-    as the server or the archive has it. Pages that are still in the clone's buffers only need a checkpoint
+    as the server or the archive has it, and after the record in `beyond`, if one is known to have changed the
+    block. Pages that are still in the clone's buffers only need a checkpoint
     there; one that has replayed none since its last must be promoted for it, and can replay no further then.
-    Raises UnprovenError, naming block and reason, where an image is not proven.
+    What is not proven is in `doubts`.
     """
     since = clone.plan.chain[-1].start_lsn
-    wal = wal_facts(subject, target, blocks, since, clone.reached_lsn)
+    wal = wal_facts(subject, target, blocks, since, clone.reached_lsn, beyond)
     images, doubts = _read(clone, target, blocks, wal)
     if doubts:
         _checkpoint(clone)
@@ -76,15 +80,20 @@ def good_images(
         clone.promote()
         _checkpoint(clone)
         images, doubts = _read(clone, target, blocks, wal)
+    empty = frozenset(block for block, image in images.items() if not any(image))
+    return Good(clone.reached_lsn, since, images, wal, empty, doubts)
+
+
+def require_proven(target: Target, doubts: Mapping[int, str]) -> None:
+    """Raise UnprovenError, naming a block and the reason, if there is a doubt."""
     if doubts:
         block, reason = min(doubts.items())
+        more = f" (and {len(doubts) - 1} more)" if len(doubts) > 1 else ""
         raise UnprovenError(
-            f"the clone's image of block {block} is not proven good: {reason}",
+            f"the clone's image of block {block}{more} is not proven good: {reason}",
             where=target.name,
-            hint="name an older backup, from before the damage",
+            hint="restore the table, or the cluster, from a backup from before the damage",
         )
-    empty = frozenset(block for block, image in images.items() if not any(image))
-    return Good(clone.reached_lsn, since, images, wal, empty)
 
 
 def _checkpoint(clone: CloneOfFiles) -> None:
@@ -100,7 +109,7 @@ def _read(
     for block in blocks:
         _, offset = segment_of(block)
         image = read_block(clone.data_directory / segment_path(target.path, block), offset, PAGE_BYTES)
-        if len(image) < PAGE_BYTES and wal[block].known and wal[block].last is None:
+        if len(image) < PAGE_BYTES and wal[block].known and wal[block].newest.value == 0:
             image = bytes(PAGE_BYTES)  # zero pages at the end of a file are made without WAL
         reason = _doubt(image, block, wal[block])
         if reason is None:
@@ -114,7 +123,8 @@ def _doubt(image: bytes, block: int, wal: WalFacts) -> str | None:
     if len(image) < PAGE_BYTES:
         return "its file ends before the block (was the table truncated or rewritten?)"
     if not any(image):
-        return None if wal.known and wal.last is None else "it is all zeros there too"
+        named = not wal.known or wal.newest.value > 0
+        return "it is all zeros there too" if named else None
     for _, reason in bad_pages(image, block, True):
         return f"it is damaged there too: {reason}"
     return proves_newest(decode_header(image).lsn, wal)

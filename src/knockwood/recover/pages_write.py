@@ -8,7 +8,7 @@ and no buffer holds it: so no buffer can ever write the old content over the new
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from knockwood.errors import HostError, RefusedError
@@ -20,7 +20,7 @@ from knockwood.postgres.connection import connect, translated, with_words
 from knockwood.postgres.pages import PAGE_BYTES, bad_pages, decode_header, sealed
 from knockwood.recover import pages_facts as facts
 from knockwood.recover.pages_facts import Target
-from knockwood.recover.pages_images import Good
+from knockwood.recover.pages_images import Good, require_proven
 from knockwood.recover.pages_session import Patience, Session, session
 from knockwood.recover.plan.page_masks import describe, same
 from knockwood.recover.plan.pages import (
@@ -30,7 +30,6 @@ from knockwood.recover.plan.pages import (
     Procedure,
     WalFacts,
     classify,
-    find_poison,
     segment_of,
     segment_path,
 )
@@ -39,9 +38,18 @@ Keep = Callable[[str, bytes], None]
 
 
 class Images(Protocol):
-    """Gives good images of blocks, the newest there are, or those from just before a record."""
+    """Gives good images of blocks, the newest there are, or those from just before a record.
 
-    def __call__(self, target: Target, blocks: Collection[int], before: Lsn | None = None) -> Good: ...
+    Of several backups each has its own; what none of them proves is in the doubts of the last.
+    """
+
+    def __call__(
+        self,
+        target: Target,
+        blocks: Collection[int],
+        before: Lsn | None = None,
+        beyond: Mapping[int, Lsn] = ...,
+    ) -> Sequence[Good]: ...
 
 
 class OutdatedError(RefusedError):
@@ -65,7 +73,10 @@ class Looked:
 
 @dataclass(slots=True)
 class Repaired:
-    """What came of it. `locked_seconds` is how long the table was locked; `described` tells the damage."""
+    """What came of it. `locked_seconds` is how long the table was locked; `described` tells the damage.
+
+    `unproven` are blocks that stayed as they were, because no image of them is proven, with the reason.
+    """
 
     mended: list[int] = field(default_factory=list)
     healthy: list[int] = field(default_factory=list)
@@ -73,6 +84,7 @@ class Repaired:
     locked_seconds: float = 0.0
     described: dict[int, str] = field(default_factory=dict)
     verified: str = "not checked"
+    unproven: dict[int, str] = field(default_factory=dict)
 
 
 def look(
@@ -81,9 +93,11 @@ def look(
     blocks: Collection[int],
     since: Lsn,
     known: Mapping[int, WalFacts] | None = None,
+    *,
+    beyond: Mapping[int, Lsn] = facts.NOTHING_KNOWN,
 ) -> Looked:
     """Judge the blocks as they are now. The WAL since `since` is read where the judgement needs it, unless
-    what it says up to now is `known`.
+    what it says up to now is `known`. `beyond` are starts of records known to have changed blocks.
 
     The order makes it true: first the WAL, then the buffers, then the disk. A change that the WAL has and no
     buffer holds has been written.
@@ -91,12 +105,14 @@ def look(
     subject = open_session.subject
     server = open_session.server()
     relation = target.facts()
-    wal: Mapping[int, WalFacts] = dict.fromkeys(blocks, WalFacts(False, reason="not asked for"))
+    wal: Mapping[int, WalFacts] = {
+        block: WalFacts(False, reason="not asked for", beyond=beyond.get(block)) for block in blocks
+    }
     if known is not None:
         wal = known
     elif server.superuser and not server.in_recovery and _needs_wal(open_session, target, blocks):
         until = facts.flush_wal(subject, target.database)
-        wal = facts.wal_facts(subject, target, blocks, since, until)
+        wal = facts.wal_facts(subject, target, blocks, since, until, beyond)
     buffers = open_session.buffers(target, blocks)
     pages = {block: facts.read_page(subject, target.path, block) for block in blocks}
     count = facts.length(open_session.connection, target)
@@ -131,16 +147,18 @@ def repair(
     *,
     images: Images,
     keep: Keep,
+    beyond: Mapping[int, Lsn] = facts.NOTHING_KNOWN,
     patience: Patience | None = None,
 ) -> Repaired:
     """Mend the blocks of one relation by the procedure that was planned for them, or a milder one.
 
-    Raises RefusedError, with nothing changed, where a block needs another procedure by now; OutdatedError
-    where the images are too old.
+    `beyond` are starts of records known to have changed blocks, however old. Raises RefusedError, with nothing
+    changed, where a block needs another procedure by now or no image is proven; OutdatedError where the images
+    are too old.
     """
     with session(subject, database) as first:
         target = facts.target_of(first.connection, database, oid)
-        seen = look(first, target, blocks, since)
+        seen = look(first, target, blocks, since, beyond=beyond)
         _require(seen, procedure)
     done = Repaired(healthy=seen.blocks(Procedure.NOTHING))
     for block, page in seen.pages.items():
@@ -149,9 +167,19 @@ def repair(
     milder = seen.blocks(Procedure.WRITE)
     wait = patience or Patience()
     for chosen, wanted in ((Procedure.WRITE, milder), (procedure, seen.blocks(procedure))):
-        left = [block for block in wanted if block not in done.mended]
-        for before, blocks in _by_stop(seen, left).items():
-            _one_lock(subject, seen, chosen, blocks, since, images, before, keep, wait, done)
+        left = [block for block in wanted if block not in done.mended and block not in done.unproven]
+        for before, together in _by_stop(seen, left).items():
+            given: Sequence[Good | None] = [None]
+            if chosen is not Procedure.SAVE_BUFFER:
+                given = images(target, together, before, beyond)
+            for good in given:
+                some = together if good is None else sorted(good.images)
+                if some:
+                    _one_lock(subject, seen, chosen, some, since, good, before, keep, wait, done)
+            if given[-1] is not None:
+                done.unproven.update(given[-1].doubts)
+    if not done.mended and not done.healthy:
+        require_proven(target, done.unproven)
     return done
 
 
@@ -159,7 +187,7 @@ def _by_stop(seen: Looked, blocks: Sequence[int]) -> dict[Lsn | None, list[int]]
     """The blocks by the record that their good image lies before; None: it is the newest."""
     found: dict[Lsn | None, list[int]] = {}
     for block in blocks:
-        poison = find_poison(seen.wal[block].records)
+        poison = seen.wal[block].poison
         found.setdefault(poison.first_after if poison else None, []).append(block)
     return found
 
@@ -183,16 +211,14 @@ def _one_lock(
     procedure: Procedure,
     blocks: list[int],
     since: Lsn,
-    images: Images,
+    good: Good | None,
     before: Lsn | None,
     keep: Keep,
     patience: Patience,
     done: Repaired,
 ) -> None:
     target = seen.target
-    good = None
-    if procedure is not Procedure.SAVE_BUFFER:
-        good = images(target, blocks, before)
+    if good is not None:
         if before is not None:
             # A crash would replay the bad images since the last checkpoint over what is written now.
             with subject.connect() as connection, translated():
@@ -215,7 +241,9 @@ def _one_lock(
         locked.lock(target, mode, patience)
         began = clock.monotonic()
         try:
-            work = _Work(locked, target, blocks, procedure, good, before, keep, done)
+            known = {block: seen.wal[block].beyond for block in blocks}
+            beyond = {block: lsn for block, lsn in known.items() if lsn is not None}
+            work = _Work(locked, target, blocks, procedure, good, before, beyond, keep, done)
             work.run(since)
         finally:
             locked.connection.rollback()
@@ -247,6 +275,7 @@ class _Work:
     procedure: Procedure
     good: Good | None
     before: Lsn | None
+    beyond: Mapping[int, Lsn]
     keep: Keep
     done: Repaired
 
@@ -277,13 +306,17 @@ class _Work:
         if now.node != target.node:
             raise RefusedError("the table was rewritten in the meantime", where=target.name)
         if self.good is None:
-            return look(self.session, target, self.blocks, since)
+            return look(self.session, target, self.blocks, since, beyond=self.beyond)
         until = facts.flush_wal(subject, target.database)
         later = facts.wal_facts(subject, target, self.blocks, self.good.reached, until)
         _require_current(later, target, reads=self.before is not None)
         known = {
-            block: WalFacts(True, (*wal.records, *later[block].records), wal.since, until)
-            for block, wal in self.good.wal.items()
+            block: replace(
+                self.good.wal[block],
+                records=(*self.good.wal[block].records, *later[block].records),
+                until=until,
+            )
+            for block in self.blocks
         }
         return look(self.session, target, self.blocks, since, known)
 

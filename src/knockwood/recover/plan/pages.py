@@ -118,17 +118,41 @@ class Poison:
 
 @dataclass(frozen=True, slots=True)
 class WalFacts:
-    """What the WAL from `since` up to `until` says of a block. `records` in order; `reason`: why not known."""
+    """What the WAL from `since` up to `until` says of a block. `records` in order; `reason`: why not known.
+
+    `beyond` is the start of a record that changed the block, known from elsewhere and perhaps older than
+    `since`: a page that is not beyond it lacks that change.
+    """
 
     known: bool
     records: tuple[BlockRecord, ...] = ()
     since: Lsn = field(default_factory=lambda: Lsn(0))
     until: Lsn = field(default_factory=lambda: Lsn(0))
     reason: str = ""
+    beyond: Lsn | None = None
 
     @property
     def last(self) -> BlockRecord | None:
         return self.records[-1] if self.records else None
+
+    @property
+    def newest(self) -> Lsn:
+        """The start of the last change known, wherever from; 0 if none is. The right page's LSN is after it."""
+        last = self.last.lsn if self.last else Lsn(0)
+        return last if self.beyond is None else max(last, self.beyond)
+
+    @property
+    def poison(self) -> Poison | None:
+        return find_poison(self.records, self.beyond)
+
+    @property
+    def unread_image(self) -> BlockRecord | None:
+        """The first full-page image of which nobody can tell whether it lacks a change made before it."""
+        for number, record in enumerate(self.records):
+            older = number > 0 or (self.beyond is not None and self.beyond < record.lsn)
+            if older and record.image and record.image_lsn is None:
+                return record
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,13 +270,12 @@ def _unreadable(disk: OnDisk, buffers: InBuffers, wal: WalFacts) -> Judgement:
 def _saved(buffers: InBuffers, wal: WalFacts, what: str) -> Judgement:
     if buffers.zero or buffers.lsn is None:
         return _refuse(f"{what}, but what it holds cannot be proven to be the newest")
-    last = wal.last
     if not wal.known:
         return _refuse(f"{what}, but the WAL cannot be read to prove it the newest: {wal.reason}")
-    if find_poison(wal.records) is not None:
+    if wal.poison is not None:
         return _refuse(f"{what}, but that one was made from a page that had lost changes")
-    if last is not None and buffers.lsn <= last.lsn:
-        return _refuse(f"{what}, but that one is older ({buffers.lsn}) than its last record ({last.lsn})")
+    if buffers.lsn <= wal.newest:
+        return _refuse(f"{what}, but that one is older ({buffers.lsn}) than its last record ({wal.newest})")
     return Judgement(
         PageClass.GOOD_IN_BUFFERS, Procedure.SAVE_BUFFER, f"{what}, which is the newest ({buffers.lsn})"
     )
@@ -262,7 +285,7 @@ def _readable(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFac
     """The server accepts the page: only the WAL can say that it is wrong."""
     if not wal.known:
         return _refuse(f"the page looks valid, and what it should be cannot be told: {wal.reason}")
-    poison = find_poison(wal.records)
+    poison = wal.poison
     if poison is not None and only_read_since(wal.records, poison):
         reason = f"the page on disk is of {poison.stale_lsn}; since it was lost it was read, and nothing more"
         return _replaced(PageClass.STALE, reason, buffers, server)
@@ -274,36 +297,36 @@ def _readable(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFac
             f"the record at {poison.first_after} was made from {what}; {len(poison.lost)} changes before it"
             " are lost on disk and in the archive's image",
         )
-    last = wal.last
-    if disk.state == "good" and last is None:
+    stale = disk.lsn is None or disk.lsn <= wal.newest
+    if disk.state == "good" and wal.newest.value == 0:
         return Judgement(
             PageClass.HEALTHY,
             Procedure.NOTHING,
             f"the page is valid, and the WAL since {wal.since} names it nowhere",
         )
-    if disk.state == "good" and last is not None and disk.lsn is not None and disk.lsn > last.lsn:
+    if disk.state == "good" and not stale:
         return Judgement(PageClass.HEALTHY, Procedure.NOTHING, "the page is as the WAL left it")
     return _lost(disk, buffers, wal, server)
 
 
 def _lost(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFactsForPages) -> Judgement:
     """The disk lacks a change that it should have; of a page that no WAL names the clone has to tell."""
-    last = wal.last
-    newest = last.lsn if last is not None else Lsn(0)
+    newest = wal.newest
     if buffers.state == "present" and not buffers.zero and buffers.lsn is not None and buffers.lsn > newest:
         if buffers.dirty:
             return Judgement(PageClass.HEALTHY, Procedure.NOTHING, "its newest change waits to be written")
         return _saved(buffers, wal, "the newest change was lost on its way to the disk")
-    unknown = [r for r in wal.records[1:] if r.image and r.image_lsn is None]
-    if unknown:
+    if wal.unread_image is not None:
         return _refuse(
-            f"the full-page image at {unknown[0].lsn} cannot be read:"
+            f"the full-page image at {wal.unread_image.lsn} cannot be read:"
             " whether the archive has a good image cannot be told"
         )
     damage = PageClass.ZEROED if disk.state == "zero" else PageClass.STALE
     shown = "zero" if disk.state == "zero" else f"of {disk.lsn}"
     told = (
-        f"its last record is {last.lsn}" if last else f"it had rows before {wal.since} if the clone has them"
+        f"its last record is {newest}"
+        if newest.value
+        else f"it had rows before {wal.since} if the clone has them"
     )
     return _replaced(damage, f"the page on disk is {shown}, {told}", buffers, server)
 
@@ -330,20 +353,23 @@ def only_read_since(records: Sequence[BlockRecord], poison: Poison) -> bool:
     return all(record.kind in READS for record in records if record.lsn >= poison.first_after)
 
 
-def find_poison(records: Sequence[BlockRecord]) -> Poison | None:
+def find_poison(records: Sequence[BlockRecord], beyond: Lsn | None = None) -> Poison | None:
     """The first full-page image that was taken of a page which lacked changes made before.
 
     An image is taken before its own record's LSN is set, so the page LSN inside it is the end of the change
     before. If it is not beyond the start of the change that WAL has before, that change was lost in between.
-    Images for hint bits may be logged twice at once and count as no change of their own.
+    Images for hint bits may be logged twice at once and count as no change of their own. `beyond` is the start
+    of a change that is known from elsewhere, for what comes after it.
     """
     changes: list[BlockRecord] = []
     for record in records:
         if record.image and record.image_lsn is not None:
-            lost = [change for change in changes if record.image_lsn <= change.lsn]
+            lost = {change.lsn: change.xid for change in changes if record.image_lsn <= change.lsn}
+            if beyond is not None and record.image_lsn <= beyond < record.lsn:
+                lost.setdefault(beyond, 0)
             if lost:
-                xids = sorted({change.xid for change in lost if change.xid})
-                return Poison(record.lsn, record.image_lsn, tuple(c.lsn for c in lost), tuple(xids))
+                xids = sorted({xid for xid in lost.values() if xid})
+                return Poison(record.lsn, record.image_lsn, tuple(sorted(lost)), tuple(xids))
         if record.kind != HINT:
             changes.append(record)
     return None
@@ -353,6 +379,15 @@ def proves_newest(image_lsn: Lsn, wal: WalFacts) -> str | None:
     """Why an image with this page LSN is not proven to be the newest of its block; None if it is."""
     if not wal.known:
         return wal.reason or "the WAL could not be read"
+    if wal.beyond is not None and image_lsn <= wal.beyond:
+        return (
+            f"it is of {image_lsn}, before the record at {wal.beyond} that is known to have changed the block"
+        )
+    poison = wal.poison
+    if poison is not None:
+        return f"the image at {poison.first_after} was made from a page that had lost changes"
+    if wal.beyond is not None and wal.unread_image is not None:
+        return f"whether the image at {wal.unread_image.lsn} lacks changes cannot be told: it cannot be read"
     last = wal.last
     if last is None:
         if image_lsn > wal.since:
@@ -362,9 +397,6 @@ def proves_newest(image_lsn: Lsn, wal: WalFacts) -> str | None:
         return f"it is of {image_lsn}, before the block's last record at {last.lsn}"
     if image_lsn.value > last.end.value + PAGE_BYTES:
         return f"it is of {image_lsn}, after the block's last record, which ends at {last.end}"
-    poison = find_poison(wal.records)
-    if poison is not None:
-        return f"the image at {poison.first_after} was made from a page that had lost changes"
     return None
 
 

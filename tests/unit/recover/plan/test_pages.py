@@ -304,3 +304,61 @@ def test_damage_in_words() -> None:
     assert describe(bytes(8192), good) == "it is all zeros"
     torn = good[:4096] + bytes(range(256)) * 16
     assert describe(torn, good).startswith("torn: its last")
+
+
+# --- a change that is known from elsewhere, older than the WAL that was read ------------------------------------
+
+KNOWN = WalFacts(True, (), Lsn(6000), Lsn(9000), beyond=Lsn(4000))
+
+
+def test_an_old_page_is_one_that_lacks_a_change_known_from_elsewhere() -> None:
+    assert classify(OnDisk("good", Lsn(3900)), ABSENT, KNOWN, TABLE, SERVER).damage is PageClass.STALE
+    assert classify(OnDisk("good", Lsn(4000)), ABSENT, KNOWN, TABLE, SERVER).damage is PageClass.STALE
+    assert classify(OnDisk("good", Lsn(4100)), ABSENT, KNOWN, TABLE, SERVER).damage is PageClass.HEALTHY
+    held = classify(BAD, InBuffers("present", Lsn(3900)), KNOWN, TABLE, SERVER)
+    assert held.procedure is Procedure.REFUSE
+    held = classify(BAD, InBuffers("present", Lsn(4100)), KNOWN, TABLE, SERVER)
+    assert held.procedure is Procedure.SAVE_BUFFER
+
+
+def test_a_backup_from_after_the_damage_proves_nothing() -> None:
+    assert "known to have changed" in (proves_newest(Lsn(3900), KNOWN) or "")
+    assert proves_newest(Lsn(4000), KNOWN) is not None
+    assert proves_newest(Lsn(4100), KNOWN) is None
+    assert proves_newest(Lsn(6100), KNOWN) is not None
+
+
+@pytest.mark.parametrize(("inner", "good"), [(4100, True), (4000, False), (3900, False), (None, False)])
+def test_an_image_in_the_wal_after_a_change_known_from_elsewhere(inner: int | None, good: bool) -> None:
+    """The first record since the backup is an image: it shows whether the backup's page held the change."""
+    image = BlockRecord(Lsn(7000), Lsn(7100), "Heap UPDATE", True, None if inner is None else Lsn(inner))
+    wal = replace(KNOWN, records=(image,))
+    assert (proves_newest(Lsn(7100), wal) is None) is good
+    assert proves_newest(Lsn(7100), replace(wal, beyond=None)) is None
+    poison = wal.poison
+    if inner is not None and not good:
+        assert poison is not None
+        assert poison.lost == (Lsn(4000),)
+    else:
+        assert poison is None
+    judged = classify(OnDisk("zero"), ABSENT, wal, TABLE, SERVER)
+    assert (
+        judged.procedure
+        is {
+            True: Procedure.REPLACE,
+            False: Procedure.REFUSE if inner is None else Procedure.ROWS,
+        }[good]
+    )
+
+
+@given(st.integers(1, 20), st.integers(0, 25))
+def test_a_known_change_within_the_wal_adds_nothing_that_the_wal_does_not_say(at: int, inner: int) -> None:
+    """A change that is known twice is one change: where the record is among those read, nothing is judged
+    otherwise, but for images made after it from a page that lacked it."""
+    records = tuple(
+        BlockRecord(
+            Lsn(100 * n), Lsn(100 * n + 50), "Heap UPDATE", n == 21, Lsn(100 * inner) if n == 21 else None
+        )
+        for n in range(1, 22)
+    )
+    assert find_poison(records, Lsn(100 * at)) == find_poison(records)
