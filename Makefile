@@ -18,7 +18,7 @@ PIP_SETTINGS := export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_U
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help install demo test test-all test-fault lint format lock bench bench-peers bench-repair bench-drills bench-exactness bench-kills bench-damage bench-pages bench-table bench-history bench-round-trip clean
+.PHONY: help install demo test test-all test-fault lint format lock bench bench-peers bench-repair bench-drills bench-exactness bench-kills bench-repair-kills bench-damage bench-pages bench-table bench-history bench-round-trip bench-matrix clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -102,11 +102,17 @@ bench-exactness: install ## proofs in a row under writers, and one changed byte
 bench-kills: install ## kill -9 at every step of every command, and of the server beneath
 	@exec $(BIN)/python bench/kill_sweep.py
 
+bench-repair-kills: install ## kill -9 at every step of every repair, then resumed or rolled back
+	@exec $(BIN)/python bench/repair_kills.py
+
 bench-history: install ## how fast the archive is indexed, and its log asked
 	@exec $(BIN)/python bench/history_speed.py
 
 bench-round-trip: install ## random transactions on every built-in type, reverted, and the reverts reverted
 	@exec $(BIN)/python bench/round_trip.py
+
+bench-matrix: install ## culprits of every kind on every version: reverted exactly, or refused exactly
+	@exec $(BIN)/python bench/culprit_matrix.py
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
