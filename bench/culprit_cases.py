@@ -162,7 +162,7 @@ CULPRITS: Final = (
     ),
     Culprit(
         "a number that only adds up",
-        "create table {s}.t (id int primary key, total numeric); insert into {s}.t values (1, 10.5), (2, 20)",
+        "create table {s}.t (id int primary key, total numeric(12, 2)); insert into {s}.t values (1, 10.5), (2, 20)",
         ("update {s}.t set total = total + 100.25",),
         "update {s}.t set total = total + 3 where id = 1",
         counters=("t.total",),
@@ -172,7 +172,7 @@ CULPRITS: Final = (
         _FAMILY,
         ("insert into {s}.p values (99, 1), (98, 1)",),
         "",
-        conflicts=(("other rows reference it", "p", ("id",)),),
+        conflicts=(("other rows reference it", "p", ("id",)),) * 2,
     ),
     Culprit(
         "deleted row whose key is taken",
@@ -198,8 +198,16 @@ CULPRITS: Final = (
     Culprit(
         "the table rewritten since",
         _T,
-        ("update {s}.t set a = 0 where id <= 3", "delete from {s}.t where id = 9"),
-        "alter table {s}.t add column late int default 3; alter table {s}.t alter column late type bigint",
+        ("update {s}.t set a = 0 where id <= 3",),
+        "vacuum full {s}.t; alter table {s}.t add column late int default 3;"
+        " alter table {s}.t alter column late type bigint",
+    ),
+    Culprit(
+        "deleted and inserted rows, a column added since",
+        _T,
+        ("delete from {s}.t where id = 9", "insert into {s}.t values (80, 1, 'x')"),
+        "alter table {s}.t add column late int default 3",
+        conflicts=(("table altered since", "t", ("late",)),) * 2,
     ),
     Culprit(
         "an unlogged table beside",

@@ -8,6 +8,7 @@ refusal nothing may have changed. Exit status 1 if anything is otherwise.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ from round_schema import Judge
 from sandbox import OUT, end_cleanly, say
 from tables import markdown
 
+RESULT = OUT / "culprits.json"
 TABLE = OUT / "culprits.md"
 _SETTINGS = {"wal_level": "replica", "max_prepared_transactions": "10", "fsync": "off"}
 
@@ -62,12 +64,15 @@ class Matrix:
         for number, culprit in enumerate(self._culprits):
             own, mirror = _schemas(number)
             self.xids[number] = self._run(culprit, own)
-            for statement in (culprit.later, AFTER.get(culprit.name, "")):
-                if statement:
-                    self._connection.execute(statement.format(s=own).encode())
-            for statement in (culprit.later, culprit.only):
-                if statement:
-                    self._connection.execute(statement.format(s=mirror).encode())
+            for text in (culprit.later, AFTER.get(culprit.name, "")):
+                self._each(text, own)
+            for text in (culprit.later, culprit.only):
+                self._each(text, mirror)
+
+    def _each(self, text: str, schema: str) -> None:
+        # One by one: some must not be in a transaction block.
+        for statement in filter(None, text.split(";")):
+            self._connection.execute(statement.format(s=schema).encode())
 
     def _run(self, culprit: Culprit, schema: str) -> int:
         with connect(self._place.dsn) as other:
@@ -138,7 +143,8 @@ class Matrix:
         reasons = "; ".join(proposal.plan.refused)
         if culprit.refused:
             right = proposal.refused and culprit.refused in reasons
-            return Came(f"refused: {reasons}", "" if right else "another answer was due")
+            answer = reasons.replace(str(self.xids[number]), "it")
+            return Came(f"refused: {answer}", "" if right else "another answer was due")
         if culprit.conflicts:
             found = Counter(
                 (str(each.kind), each.table.name, tuple(each.columns)) for each in proposal.conflicts
@@ -203,26 +209,47 @@ def run(major: int, culprits: Sequence[Culprit] = CULPRITS, parent: Path | None 
         return came
 
 
+def report(stored: dict[str, dict[str, list[str]]]) -> str:
+    """The table of all versions; a case that was not run on one is not said to be right there."""
+    majors = sorted(stored, key=int)
+    lines = []
+    for culprit in CULPRITS:
+        came = [stored[major].get(culprit.name) for major in majors]
+        shown = list(
+            dict.fromkeys(f"WRONG: {each[1]} ({each[0]})" if each[1] else each[0] for each in came if each)
+        )
+        marks = ["not run" if each is None else "NO" if each[1] else "yes" for each in came]
+        lines.append([culprit.name, " / ".join(shown), *marks])
+    return markdown(("culprit", "answer", *majors), lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--postgres", type=int, nargs="*", default=[15, 17, 18])
+    parser.add_argument(
+        "--cases", nargs="*", default=[], help="parts of names; the others keep their results"
+    )
     given = parser.parse_args()
     end_cleanly()
     OUT.mkdir(exist_ok=True)
     began = time.monotonic()
-    all_of = {major: run(major) for major in given.postgres}
-    lines = []
-    for number, culprit in enumerate(CULPRITS):
-        answers = [all_of[major][number] for major in given.postgres]
-        shown = [f"WRONG: {each.wrong} ({each.answer})" if each.wrong else each.answer for each in answers]
-        same = len(set(shown)) == 1
-        marks = ["yes" if not each.wrong else "NO" for each in answers]
-        lines.append([culprit.name, shown[0] if same else " / ".join(shown), *marks])
-    table = markdown(("culprit", "answer", *(str(major) for major in given.postgres)), lines)
+    stored: dict[str, dict[str, list[str]]] = {}
+    chosen = [each for each in CULPRITS if not given.cases or any(part in each.name for part in given.cases)]
+    for major in given.postgres:
+        came = run(major, chosen)
+        answers = {
+            culprit.name: [each.answer, each.wrong] for culprit, each in zip(chosen, came, strict=True)
+        }
+        # Read only now: a run of another version may have written meanwhile.
+        stored = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        stored[str(major)] = stored.get(str(major), {}) | answers
+        RESULT.write_text(json.dumps(stored, indent=1))
+    table = report(stored)
     TABLE.write_text(table + "\n")
     print(table)
-    wrong = sum(bool(each.wrong) for came in all_of.values() for each in came)
-    print(f"\n{sum(map(len, all_of.values()))} cases, {wrong} wrong, {time.monotonic() - began:.0f} s")
+    wrong = sum(bool(each[1]) for answers in stored.values() for each in answers.values())
+    total = sum(map(len, stored.values()))
+    print(f"\n{total} cases, {wrong} wrong, {time.monotonic() - began:.0f} s")
     return 1 if wrong else 0
 
 
