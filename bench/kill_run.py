@@ -95,13 +95,18 @@ def aims(
     # More places than kills: evenly over the run.
     room = max(1, kills - kills // 6)
     first = _spread(places, room - min(len(early), room // 4)) + _spread(early, room // 4)
+    once = []
     for number in range(servers):
         place = places[(2 * number + 1) * len(places) // (2 * servers)]
-        yield Aim(place, before[place] + 1, 0.0, server=True)
+        once.append(Aim(place, before[place] + 1, 0.0, server=True))
     for number, place in enumerate(first):
-        yield Aim(place, before[place] + 1 if place in late else 1, 0.0)
+        once.append(Aim(place, before[place] + 1 if place in late else 1, 0.0))
         if number % 5 == 4:
-            yield Aim(None, 0, chance.uniform(0.05, seconds))
+            once.append(Aim(None, 0, chance.uniform(0.05, seconds)))
+    if begins:
+        # A sweep that is interrupted shall have been everywhere.
+        chance.shuffle(once)
+    yield from once
     while True:
         place = chance.choice(early if early and chance.random() < 0.25 else places)
         lowest = before[place] + 1 if place in late else 1
