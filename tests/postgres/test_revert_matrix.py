@@ -11,9 +11,11 @@ import pytest
 from fix_revert import Reverter, fingerprint, unchanged
 from knockwood.errors import RefusedError
 from knockwood.integrity.check import Invariant
-from knockwood.model.recovery import Outcome
+from knockwood.model.recovery import Outcome, StepResult
 from knockwood.postgres.connection import connect
+from knockwood.recover import execute as execution
 from knockwood.recover.plan.rows import Mode
+from knockwood.recover.revert_apply import RevertHandler
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -371,6 +373,66 @@ def test_rows_edited_between_plan_and_apply(new_server: ServerFactory, tmp_path:
     assert done.outcome is Outcome.DONE
     assert made.sql("select v, w from t where id = 3") == [(3, 31)]
     assert len(done.evidence) == 2
+
+
+def test_only_what_changed_is_decided_again_under_the_lock(new_server: ServerFactory, tmp_path: Path) -> None:
+    """Rows edited between reading and locking: kept, refused, and told by the evidence as they were locked."""
+    made = Reverter(new_server(18), tmp_path)
+    made.sql(
+        "create table t (id int primary key, v int, w int, u int unique);"
+        "insert into t select i, i, i, i from generate_series(1, 300) i"
+    )
+    rogue = made.culprit("update t set v = 0 where id > 2", "update t set id = id + 1000, v = 1 where id < 3")
+
+    def apply(*statements: str) -> StepResult:
+        plan = made.plan(made.request(rogue))
+        left = list(statements)
+
+        def edit(reached: str) -> None:
+            while reached == "evidence" and left:
+                made.sql(left.pop(0))
+
+        [result] = made.apply(plan, reached=edit).results
+        return result
+
+    # A value that would be overwritten, a row that goes, a key that moves, a key taken.
+    for forbidden, back in (
+        ("update t set v = 5 where id = 9", "update t set v = 0 where id = 9"),
+        ("delete from t where id = 9", "insert into t values (9, 0, 9, 9)"),
+        ("update t set id = 5000 where id = 1001", "update t set id = 1001 where id = 5000"),
+        ("insert into t values (1, 1, 1, 777)", "delete from t where id = 1"),
+    ):
+        assert apply(forbidden).outcome is Outcome.REFUSED, forbidden
+        assert made.sql("select count(*) from t where v not in (0, 1, 5)") == [(0,)]
+        made.sql(back)
+
+    edits = ["update t set w = -w where id in (7, 8)", "update t set u = 900 where id = 20"]
+    done = apply(*edits)
+    assert done.outcome is Outcome.DONE
+    assert len(done.values["evidence_later"]) == 1
+    assert len(done.evidence) == 2
+    assert made.sql("select count(*) from t where v = id and abs(w) = id and u in (id, 900)") == [(300,)]
+    assert made.sql("select id, v, w from t where w < 0 order by 1") == [(7, 7, -7), (8, 8, -8)]
+
+    # Killed after that and taken back: the rows are as they were when they were locked.
+    plan = made.plan(made.request(rogue := made.culprit("update t set v = 0 where id > 2")))
+    edits = ["update t set w = 70 where id = 70"]
+    before = made.sql("select * from t where id <> 70 order by 1")
+
+    def edit_and_die(reached: str) -> None:
+        if reached == "evidence":
+            made.sql(edits.pop())
+        if reached == "committed":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made.apply(plan, reached=edit_and_die)
+    assert made.sql("select v, w from t where id = 70") == [(70, 70)]
+    [entry] = execution.unfinished(made.state, "shop")
+    [back] = execution.roll_back(entry.folder, [RevertHandler(made.dsn)]).results
+    assert back.outcome is Outcome.ROLLED_BACK
+    assert made.sql("select v, w from t where id = 70") == [(0, 70)]
+    assert made.sql("select * from t where id <> 70 order by 1") == before
 
 
 def test_a_row_that_stays_locked(new_server: ServerFactory, tmp_path: Path) -> None:

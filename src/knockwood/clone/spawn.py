@@ -67,6 +67,8 @@ class Clone:
     promoted: bool = False
     timings: Timings = field(default_factory=Timings)
     lock_filter: WalFilter | None = None
+    harmless_to: Lsn = field(default_factory=lambda: Lsn(0))
+    """Up to where the WAL was seen to make no tablespace."""
     whole_because: str = ""
     """Why this is a clone of everything where one of some relations was asked for."""
 
@@ -116,13 +118,17 @@ class Clone:
         files.require_space(self.workspace.root, needed + min(needed, _REPLAY_WAL) + _MARGIN, "the WAL")
         self.spool.fetch_histories(archive, plan.histories)
         self.spool.fetch(archive, plan.wal, workers=workers, progress=progress)
+        end = plan.target_lsn or plan.backup.stop_lsn
+        # A goal is a record's start, so going on from the last one skips none.
+        begin = min([self.harmless_to, *(piece.segment.start for piece in missing)])
         refuse_new_tablespaces(
             self.programs,
             self.spool.folder,
             (piece.segment for piece in plan.wal),
-            plan.backup.start_lsn,
-            plan.target_lsn or plan.backup.stop_lsn,
+            max(plan.backup.start_lsn, begin),
+            end,
         )
+        self.harmless_to = max(self.harmless_to, end)
         if self.lock_filter is not None:
             start = plan.backup.start_lsn
             if self.lock_filter.reached is not None:

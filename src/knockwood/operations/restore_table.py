@@ -15,6 +15,7 @@ from knockwood.host import clock, files, processes
 from knockwood.model import Lsn
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, connect, translated, with_words
+from knockwood.postgres.copying import batched
 from knockwood.recover.table_definition import (
     TableDefinition,
     TableName,
@@ -64,13 +65,15 @@ def restore_table(
     progress: Callable[[Progress], None] | None = None,
     programs_for: Callable[[int], Programs] = find_programs,
     registry: Registry | None = None,
+    warm: Callable[[RestorePlan], Clone | None] = lambda plan: None,
 ) -> TableOutcome:
     """Copy `table` as of `target` into the live cluster as `knockwood_restored.TABLE_TIME`, or into an SQL file.
 
-    Without `apply` it only plans. The load is one transaction, verified by row count and fingerprint
-    before it commits; nothing else in the live database is read, locked or changed. Raises
-    TargetUnreachableError, ObjectMissingError where there was no such table at that point, RefusedError
-    where a type it needs is gone, ObjectDamagedError if what arrived is not what was there.
+    Without `apply` it only plans. `warm` may give a clone that is at hand; else one is made. The load is one
+    transaction, verified by row count and fingerprint before it commits; nothing else in the live database is
+    read, locked or changed. Raises TargetUnreachableError, ObjectMissingError where there was no such table at
+    that point, RefusedError where a type it needs is gone, ObjectDamagedError if what arrived is not what was
+    there.
     """
     if (live_dsn is None) == (file is None):
         raise RefusedError("a table goes either into the live cluster or into a file")
@@ -85,7 +88,8 @@ def restore_table(
     outcome = TableOutcome(table, place, False, _steps(plan, table, name, file), plan)
     if not apply:
         return outcome
-    with spawn_for(
+    # pg_dump writes into the clone's folder, which is not ours where it is a shadow's.
+    clone = (warm(plan) if file is None else None) or spawn_for(
         repository,
         plan,
         [RelationKey(table.database, table.schema, table.table)],
@@ -93,7 +97,8 @@ def restore_table(
         purpose=f"restore of table {table}",
         progress=progress,
         registry=registry,
-    ) as clone:
+    )
+    with clone:
         done = _bring_back(clone, outcome, name, live_dsn, file)
     return replace(done, seconds=clock.monotonic() - began)
 
@@ -172,7 +177,7 @@ def _load(
         read = f"copy (select {columns} from {definition.source}) to stdout (format binary)".encode()
         write = f"copy {target} ({columns}) from stdin (format binary)".encode()
         with source.cursor().copy(read) as rows, live.cursor().copy(write) as sink:
-            for block in rows:
+            for block in batched(rows):
                 sink.write(block)
         for statement in definition.complete(target):
             live.execute(statement.encode())

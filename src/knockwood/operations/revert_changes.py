@@ -15,6 +15,7 @@ from knockwood.history.standing import Position
 from knockwood.history.transaction import TableId, Transaction
 from knockwood.model import Lsn
 from knockwood.operations.cluster import Cluster
+from knockwood.operations.warm import clone_to_read
 from knockwood.recover.plan.rows import Culprit
 from knockwood.recover.revert_catalog import Catalog
 from knockwood.repository.backups.listing import relation_map
@@ -81,10 +82,23 @@ def changes_of(
     gathered: Gathered,
     registry: Registry | None = None,
 ) -> None:
-    """Read what the transactions did, the oldest first, from one clone that goes on from commit to commit."""
+    """Read what the transactions did, the oldest first, from one clone that goes on from commit to commit.
+
+    The clone is a warm one where the shadow can give one. What may have begun before the archive's WAL is a
+    reason to refuse, and nothing is read then.
+    """
+    half = [one.xid for one in transactions if not one.complete]
+    gathered.reasons += [
+        f"{xid} may have begun before the archive's WAL: not all that it changed is known" for xid in half
+    ]
+    if half:
+        return
     ordered = sorted(transactions, key=lambda one: one.commit_lsn)
 
     def make(plan: RestorePlan) -> Clone:
+        warm = clone_to_read(cluster, repository, plan, registry=registry)
+        if warm is not None:
+            return warm
         keys = _keys(repository, plan, ordered)
         programs = cluster.programs(plan.backup.major)
         if not keys:

@@ -27,11 +27,12 @@ from knockwood.postgres.connection import Connection, connect, translated
 from knockwood.recover.journal import StepJournal
 from knockwood.recover.plan.order import Schedule
 from knockwood.recover.plan.rows import Culprit, Mode, Operation
+from knockwood.recover.revert_again import changed_keys, decide_again
 from knockwood.recover.revert_examine import Examined, Request, examine
 from knockwood.recover.revert_invariants import Breaking, breaking, worsened
 from knockwood.recover.revert_keys import broken_keys
 from knockwood.recover.revert_plan import KIND
-from knockwood.recover.revert_rows import read_versions, unchanged
+from knockwood.recover.revert_rows import read_versions
 from knockwood.recover.revert_spool import decode, encode, load
 from knockwood.recover.revert_write import lock_rows, write
 
@@ -104,9 +105,8 @@ class RevertHandler:
         committed = self._committed(step, journal, "commit")
         if committed is None:
             return StepResult(step.kind, step.title, Outcome.ROLLED_BACK, "nothing had been committed")
-        culprits = decode(journal.read_evidence(str(committed["evidence"])))
         own = int(committed["xid"]) & 0xFFFFFFFF
-        request = Request((Culprit(own, culprits[0].changes),))
+        request = Request((Culprit(own, _kept(journal, committed)),))
         work = _Work(step, journal, request, f"{LABEL} {own}", None, "undo")
         result = self._do(work)
         return replace(
@@ -242,7 +242,7 @@ class RevertHandler:
         with _transaction(connection, "isolation level read committed, read write"):
             self._prepare(connection)
             locked = clock.monotonic()
-            examined, evidence = self._settle(connection, work, examined, evidence)
+            examined, kept = self._settle(connection, work, examined, evidence)
             order = examined.order
             assert isinstance(order, Schedule)
             _take_role(connection, order.replica)
@@ -255,7 +255,7 @@ class RevertHandler:
             problems = worsened(before, breaking(connection, self._asked(connection)))
             if problems:
                 raise RefusedError(f"{'; '.join(problems)}; nothing was kept")
-            values = self._sign(connection, work, examined, written, evidence)
+            values = self._sign(connection, work, examined, written) | kept
             self._reached("checked")
             work.journal.note(work.note, values)
             self._reached("noted")
@@ -283,16 +283,29 @@ class RevertHandler:
 
     def _settle(
         self, connection: Connection, work: _Work, examined: Examined, evidence: str
-    ) -> tuple[Examined, str]:
-        """Lock the rows and see that they are those examined; where they changed meanwhile, decide anew."""
+    ) -> tuple[Examined, dict[str, Any]]:
+        """Lock the rows and see that they are those examined; where they changed meanwhile, decide anew.
+
+        Also where the evidence is: a file of all rows, and those that put in it what changed since.
+        """
+        lock_rows(connection, examined)
+        later: list[str] = []
         for _ in range(_ROUNDS):
-            lock_rows(connection, examined)
             self._reached("locked")
-            if unchanged(examined.current, read_versions(connection, examined.catalog, examined.wanted)):
-                return examined, evidence
+            changed = changed_keys(
+                examined.current, read_versions(connection, examined.catalog, examined.wanted)
+            )
+            if not changed:
+                return examined, {"evidence": evidence, "evidence_later": later}
+            again = decide_again(connection, work.request, examined, changed)
+            if again is not None:
+                examined = again.examined
+                later += _keep_some(work, examined.operations, again.positions)
+                continue
             examined = examine(connection, work.request)
             _require_same(work, examined)
-            evidence = _keep(work, examined.operations)
+            evidence, later = _keep(work, examined.operations), []
+            lock_rows(connection, examined)
         raise RefusedError(
             "the rows keep changing while they are being locked; nothing was changed", hint="try again"
         )
@@ -305,14 +318,12 @@ class RevertHandler:
         here = connection.info.dbname
         return [each for each in self._invariants if (each.database or self._default) == here]
 
-    def _sign(
-        self, connection: Connection, work: _Work, examined: Examined, written: int, evidence: str
-    ) -> dict[str, Any]:
+    def _sign(self, connection: Connection, work: _Work, examined: Examined, written: int) -> dict[str, Any]:
         """Name the transaction in WAL, and say what to note about it."""
         connection.execute("select pg_catalog.pg_logical_emit_message(true, 'knockwood', %s)", [work.label])
         xid = str(rows(connection, "select pg_catalog.pg_current_xact_id()::pg_catalog.text")[0][0])
         counts = {str(table): kinds for table, kinds in examined.counts.items()}
-        return {"xid": xid, "rows": written, "tables": counts, "evidence": evidence}
+        return {"xid": xid, "rows": written, "tables": counts}
 
 
 @contextmanager
@@ -367,6 +378,26 @@ def _keep(work: _Work, operations: Sequence[Operation]) -> str:
     name = f"{work.note}-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
     work.journal.evidence(name, data)
     return name
+
+
+def _keep_some(work: _Work, operations: Sequence[Operation], positions: Sequence[int]) -> list[str]:
+    """Keep some of the rows anew, each under its position among all; the evidence's name, if there are any."""
+    if not positions:
+        return []
+    data = encode([Culprit(position, (_change(operations[position]),)) for position in positions])
+    name = f"{work.note}-later-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
+    work.journal.evidence(name, data)
+    return [name]
+
+
+def _kept(journal: StepJournal, committed: Mapping[str, Any]) -> tuple[RowChange, ...]:
+    """What was kept of a committed revert: each row as it was when it was locked, and as it became."""
+    [whole] = decode(journal.read_evidence(str(committed["evidence"])))
+    changes = list(whole.changes)
+    for name in committed.get("evidence_later", ()):
+        for one in decode(journal.read_evidence(str(name))):
+            [changes[one.xid]] = one.changes
+    return tuple(changes)
 
 
 def _change(operation: Operation) -> RowChange:

@@ -85,16 +85,18 @@ class Examined:
     @property
     def digest(self) -> str:
         """A hash over every row and column that would be written: later good work beside it leaves it alone."""
-        lines = []
-        for each in self.operations:
-            facts = self.catalog.tables[each.table].facts
-            final = each.final or {}
-            values = {name: final[name].text for name in each.columns}
-            values |= {name: f"+ {delta}" for name, delta in each.deltas.items()}
-            lines.append(
-                json.dumps([str(each.table), each.kind, each.key(facts.key), values], sort_keys=True)
-            )
+        lines = [line_of(each, self.catalog.tables[each.table].facts) for each in self.operations]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def line_of(operation: Operation, facts: TableFacts) -> str:
+    """What an operation would write, as text."""
+    final = operation.final or {}
+    values = {name: final[name].text for name in operation.columns}
+    values |= {name: f"+ {delta}" for name, delta in operation.deltas.items()}
+    return json.dumps(
+        [str(operation.table), operation.kind, operation.key(facts.key), values], sort_keys=True
+    )
 
 
 def examine(connection: Connection, request: Request) -> Examined:
@@ -116,7 +118,7 @@ def examine(connection: Connection, request: Request) -> Examined:
         merged, conflicts, waived = work.decide()
         order = None
         if merged.operations:
-            _require_images(connection, catalog, merged.operations)
+            require_final_images(connection, catalog, merged.operations)
             order = schedule(
                 merged.operations, catalog.schema, replica_allowed=may_take_replica_role(connection)
             )
@@ -193,7 +195,8 @@ def counted(names: Sequence[str], tables: Mapping[TableId, TableFacts]) -> dict[
     return {table: frozenset(columns) for table, columns in found.items()}
 
 
-def _require_images(connection: Connection, catalog: Catalog, operations: Sequence[Operation]) -> None:
+def require_final_images(connection: Connection, catalog: Catalog, operations: Sequence[Operation]) -> None:
+    """Raise RefusedError unless the server reads every value to be written back as it was."""
     groups: dict[tuple[TableId, tuple[str, ...]], list[Operation]] = defaultdict(list)
     for each in operations:
         if each.kind != "delete":

@@ -185,18 +185,6 @@ def read_versions(
     return versions
 
 
-def unchanged(current: Current, versions: Mapping[TableId, Mapping[RowKey, list[Version]]]) -> bool:
-    """Whether the versions are those of `current`."""
-    for table, found in current.rows.items():
-        now = versions.get(table, {})
-        if set(found) != set(now):
-            return False
-        for key, rows in found.items():
-            if {(row.place, row.xmin) for row in rows} != set(now[key]):
-                return False
-    return True
-
-
 def lock(connection: Connection, table: LiveTable, operations: Sequence[Operation]) -> int:
     """Lock the rows of these operations FOR UPDATE in the order of their keys; how many were there."""
     found = sorted(

@@ -10,6 +10,7 @@ from typing import Any, Final
 from knockwood.errors import ObjectDamagedError, RefusedError
 from knockwood.host import clock
 from knockwood.postgres.connection import Connection, translated
+from knockwood.postgres.copying import batched
 from knockwood.recover.table_definition import TableName
 from knockwood.recover.tables_facts import Shape, ask, count, qualified, shape
 
@@ -229,7 +230,7 @@ def copy_rows(
     read = f"copy (select {listed} from {where_from}) to stdout (format binary)".encode()
     write = f"copy {where_to} ({listed}) from stdin (format binary)".encode()
     with source.cursor().copy(read) as rows, live.cursor().copy(write) as sink:
-        for block in rows:
+        for block in batched(rows):
             sink.write(block)
 
 

@@ -94,6 +94,23 @@ class ArchiveReader:
     def facts(self) -> WalFacts:
         return WalFacts(dict(self.segments), tuple(self.breaks), dict(self.ends))
 
+    def proved(self, at: datetime) -> Iterator[Proved]:
+        """The segments that were read (now, or believed) and hold no damage, as facts to remember."""
+        bad: set[WalSegment] = set()
+        for damage in self.breaks:
+            size = damage.segment.bytes
+            first = damage.at.value // size
+            last = max(first, (damage.until.value - 1) // size)
+            bad.update(WalSegment(damage.timeline, number, size) for number in range(first, last + 1))
+            bad.add(damage.segment)
+        for segment in self._read - bad:
+            piece = self.piece(segment, self.inventory.source(segment))
+            facts = self.segments.get(segment)
+            if piece is not None and facts is not None:
+                end = self.ends.get(segment.timeline)
+                end = end if end is not None and segment.start <= end <= segment.end else None
+                yield Proved.of(self._listing[piece.object], at, facts, end)
+
     def piece(self, segment: WalSegment, source: str | Partial | None) -> Piece | None:
         """The stored object of a segment as the inventory knows it."""
         if source is None:

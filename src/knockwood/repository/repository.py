@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from knockwood.errors import (
     KnockwoodError,
@@ -20,6 +20,9 @@ from knockwood.host import clock
 from knockwood.host.files import Chunk
 from knockwood.repository import age, codec
 from knockwood.repository.storage import Storage
+
+if TYPE_CHECKING:
+    from knockwood.repository.proved import Proved
 
 FORMAT: Final = 1
 """The newest repository format this version reads and the one it writes."""
@@ -89,12 +92,16 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """An open repository. What is put is encrypted when there are `recipients`."""
+    """An open repository. What is put is encrypted when there are `recipients`.
+
+    `read_before` is what was found right in WAL read through this object, by object name.
+    """
 
     storage: Storage
     header: RepositoryHeader
     recipients: tuple[str, ...] = ()
     identities: tuple[str, ...] = field(default=(), repr=False)
+    read_before: dict[str, Proved] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def create(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from knockwood.errors import StorageUnavailableError, TargetUnreachableError, UsageError
+from knockwood.host import clock
 from knockwood.model.wal import Lsn, Timeline
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.repository import proved
@@ -98,10 +100,10 @@ def resolve(
 ) -> RestorePlan:
     """Plan a restore to a target along the newest timeline's history (or the one given).
 
-    All WAL from the backup to the target was read and checked, by this call or (objects unchanged
-    since) by an earlier `verify`. Raises TargetUnreachableError, naming the last reachable commit, where
-    the target cannot be reached and `accept_loss` is not given, or where nothing can be restored at all;
-    ObjectMissingError for an unknown backup; ProgramsMissingError, WrongKeyError.
+    All WAL from the backup to the target was read and checked, by this call or (objects unchanged since) by an
+    earlier one with the same Repository object or an earlier `verify`. Raises TargetUnreachableError, naming the
+    last reachable commit, where the target cannot be reached and `accept_loss` is not given, or where nothing
+    can be restored at all; ObjectMissingError for an unknown backup; ProgramsMissingError, WrongKeyError.
     """
     for _ in range(_ATTEMPTS):
         asked = _Question(repository, target, backup, timeline, accept_loss, programs_for, progress)
@@ -150,6 +152,8 @@ class _Question:
 
     def answer(self) -> RestorePlan:
         state = proved.load(self._repository, self._repository.storage.list(proved.FOLDER))
+        before = replace(state, objects=self._repository.read_before).current(self._listing)
+        state = replace(state, objects={**before.objects, **state.current(self._listing).objects})
         with workplace() as folder:
 
             def lookup(major: int) -> ArchiveReader:
@@ -167,7 +171,16 @@ class _Question:
                 )
                 return self._readers[-1]
 
-            return choose(self._choice, lookup)
+            try:
+                return choose(self._choice, lookup)
+            finally:
+                self._remember()
+
+    def _remember(self) -> None:
+        """Keep what was read for the next question that is asked of this repository."""
+        moment = clock.now()
+        for reader in self._readers:
+            self._repository.read_before.update({entry.name: entry for entry in reader.proved(moment)})
 
     def overtaken(self) -> bool:
         """Whether something listed was replaced by something longer while it was read.

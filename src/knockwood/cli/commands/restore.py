@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -21,6 +21,7 @@ from knockwood.operations.freshness import bring_up_to_date, require_complete
 from knockwood.operations.restore import RestoreOutcome
 from knockwood.operations.restore import restore as restore_cluster
 from knockwood.operations.restore_table import TableOutcome, restore_table
+from knockwood.operations.warm import clone_to_read
 from knockwood.recover.table_definition import TableName
 from knockwood.repository.plans import Missing
 from knockwood.repository.repository import Repository
@@ -68,35 +69,15 @@ def restore(
     cluster = common.open_cluster()
     repository = cluster.repository()
     notes = _freshen(cluster, repository, target, accept_loss)
-    if in_place and table is not None:
-        return put_back(
-            cluster,
-            repository,
-            target,
-            table,
-            mode,
-            notes=notes,
-            quiet=common.json,
-            apply=apply,
-            backup=backup,
-            accept_loss=accept_loss,
-        )
-    with byte_progress("restore", quiet=common.json) as progress:
-        if table is not None:
-            brought = restore_table(
-                repository,
-                target,
-                TableName.parse(table),
-                live_dsn=None if file else cluster.dsn,
-                file=file,
-                apply=apply,
-                backup=backup,
-                accept_loss=accept_loss,
-                progress=progress,
-                programs_for=cluster.programs,
+    if into is None:
+        assert table is not None
+        choice: dict[str, Any] = {"apply": apply, "backup": backup, "accept_loss": accept_loss}
+        if in_place:
+            return put_back(
+                cluster, repository, target, table, mode, notes=notes, quiet=common.json, **choice
             )
-            return Answer(_table_values(brought, notes), lambda console: _show_table(console, brought, notes))
-        assert into is not None
+        return _table(cluster, repository, target, table, file, notes=notes, quiet=common.json, **choice)
+    with byte_progress("restore", quiet=common.json) as progress:
         outcome = restore_cluster(
             repository,
             target,
@@ -112,6 +93,33 @@ def restore(
         )
     notes += outcome.warnings
     return Answer(_values(outcome, notes), lambda console: _show(console, outcome, notes))
+
+
+def _table(
+    cluster: Cluster,
+    repository: Repository,
+    target: Target,
+    table: str,
+    file: Path | None,
+    *,
+    notes: tuple[str, ...],
+    quiet: bool,
+    **choice: Any,
+) -> Answer:
+    """One table beside the live one, or into a file."""
+    with byte_progress("restore", quiet=quiet) as progress:
+        brought = restore_table(
+            repository,
+            target,
+            TableName.parse(table),
+            live_dsn=None if file else cluster.dsn,
+            file=file,
+            progress=progress,
+            programs_for=cluster.programs,
+            warm=lambda plan: clone_to_read(cluster, repository, plan),
+            **choice,
+        )
+    return Answer(_table_values(brought, notes), lambda console: _show_table(console, brought, notes))
 
 
 def _either(into: Path | None, table: str | None) -> None:
