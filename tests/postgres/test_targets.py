@@ -114,3 +114,30 @@ def test_latest_is_refused_at_a_gap_and_names_the_last_commit(made: Archived) ->
     ):
         with pytest.raises(TargetUnreachableError, match=f"transaction {commits[2].xid} at"):
             resolve(made.repository, target)
+
+
+def test_wal_is_read_once_through_one_repository_object(made: Archived) -> None:
+    """The second question reads nothing anew, unless an object is no longer the one that was read."""
+    told: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        told.append(total)
+
+    latest = resolve(made.repository, Latest(), progress=progress)
+    assert told
+    told.clear()
+    assert resolve(made.repository, Latest(), progress=progress) == latest
+    commit = latest.last_commit
+    assert commit is not None
+    assert resolve(made.repository, BeforeXid(commit.xid), progress=progress).target_lsn == commit.lsn
+    assert told == []
+    [path] = [
+        path
+        for path in (made.root / "wal").rglob(f"{latest.wal[0].segment.name}*")
+        if "partial" not in path.parts
+    ]
+    content = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(content[:-9] + bytes(9))
+    with pytest.raises(TargetUnreachableError):
+        resolve(made.repository, Latest(), progress=progress)

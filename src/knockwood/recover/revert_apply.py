@@ -6,7 +6,6 @@ the server knows whether that was committed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from typing import Any, Final
 import psycopg
 
 from knockwood.errors import PostgresError, RefusedError, ServerDownError
-from knockwood.history.transaction import RowChange
 from knockwood.host import clock
 from knockwood.integrity.check import Invariant
 from knockwood.integrity.databases import rows
@@ -26,14 +24,15 @@ from knockwood.model.recovery import Outcome, Step, StepResult
 from knockwood.postgres.connection import Connection, connect, translated
 from knockwood.recover.journal import StepJournal
 from knockwood.recover.plan.order import Schedule
-from knockwood.recover.plan.rows import Culprit, Mode, Operation
+from knockwood.recover.plan.rows import Culprit, Mode
 from knockwood.recover.revert_again import changed_keys, decide_again
+from knockwood.recover.revert_evidence import keep, keep_some, kept
 from knockwood.recover.revert_examine import Examined, Request, examine
 from knockwood.recover.revert_invariants import Breaking, breaking, worsened
 from knockwood.recover.revert_keys import broken_keys
 from knockwood.recover.revert_plan import KIND
 from knockwood.recover.revert_rows import read_versions
-from knockwood.recover.revert_spool import decode, encode, load
+from knockwood.recover.revert_spool import load
 from knockwood.recover.revert_write import lock_rows, write
 
 LABEL: Final = "knockwood revert of"
@@ -106,7 +105,7 @@ class RevertHandler:
         if committed is None:
             return StepResult(step.kind, step.title, Outcome.ROLLED_BACK, "nothing had been committed")
         own = int(committed["xid"]) & 0xFFFFFFFF
-        request = Request((Culprit(own, _kept(journal, committed)),))
+        request = Request((Culprit(own, kept(journal, committed)),))
         work = _Work(step, journal, request, f"{LABEL} {own}", None, "undo")
         result = self._do(work)
         return replace(
@@ -217,7 +216,7 @@ class RevertHandler:
                 return StepResult(
                     work.step.kind, work.step.title, Outcome.ALREADY_DONE, "every row is as it was before"
                 )
-            evidence = _keep(work, examined.operations)
+            evidence = keep(work.journal, work.note, examined.operations)
             self._reached("evidence")
             with _transaction(connection, "isolation level repeatable read, read only"):
                 before = breaking(connection, self._asked(connection))
@@ -242,7 +241,7 @@ class RevertHandler:
         with _transaction(connection, "isolation level read committed, read write"):
             self._prepare(connection)
             locked = clock.monotonic()
-            examined, kept = self._settle(connection, work, examined, evidence)
+            examined, names = self._settle(connection, work, examined, evidence)
             order = examined.order
             assert isinstance(order, Schedule)
             _take_role(connection, order.replica)
@@ -255,7 +254,7 @@ class RevertHandler:
             problems = worsened(before, breaking(connection, self._asked(connection)))
             if problems:
                 raise RefusedError(f"{'; '.join(problems)}; nothing was kept")
-            values = self._sign(connection, work, examined, written) | kept
+            values = self._sign(connection, work, examined, written) | names
             self._reached("checked")
             work.journal.note(work.note, values)
             self._reached("noted")
@@ -300,11 +299,11 @@ class RevertHandler:
             again = decide_again(connection, work.request, examined, changed)
             if again is not None:
                 examined = again.examined
-                later += _keep_some(work, examined.operations, again.positions)
+                later += keep_some(work.journal, work.note, examined.operations, again.positions)
                 continue
             examined = examine(connection, work.request)
             _require_same(work, examined)
-            evidence, later = _keep(work, examined.operations), []
+            evidence, later = keep(work.journal, work.note, examined.operations), []
             lock_rows(connection, examined)
         raise RefusedError(
             "the rows keep changing while they are being locked; nothing was changed", hint="try again"
@@ -369,38 +368,3 @@ def _require_same(work: _Work, examined: Examined) -> None:
             "what would be written is no longer what was approved; nothing was changed",
             hint="rows were edited since the plan was shown: look at it again",
         )
-
-
-def _keep(work: _Work, operations: Sequence[Operation]) -> str:
-    """Keep every row as it is and as it will be, durably; returns the evidence's name."""
-    changes = tuple(_change(each) for each in operations)
-    data = encode([Culprit(0, changes)])
-    name = f"{work.note}-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
-    work.journal.evidence(name, data)
-    return name
-
-
-def _keep_some(work: _Work, operations: Sequence[Operation], positions: Sequence[int]) -> list[str]:
-    """Keep some of the rows anew, each under its position among all; the evidence's name, if there are any."""
-    if not positions:
-        return []
-    data = encode([Culprit(position, (_change(operations[position]),)) for position in positions])
-    name = f"{work.note}-later-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
-    work.journal.evidence(name, data)
-    return [name]
-
-
-def _kept(journal: StepJournal, committed: Mapping[str, Any]) -> tuple[RowChange, ...]:
-    """What was kept of a committed revert: each row as it was when it was locked, and as it became."""
-    [whole] = decode(journal.read_evidence(str(committed["evidence"])))
-    changes = list(whole.changes)
-    for name in committed.get("evidence_later", ()):
-        for one in decode(journal.read_evidence(str(name))):
-            [changes[one.xid]] = one.changes
-    return tuple(changes)
-
-
-def _change(operation: Operation) -> RowChange:
-    before = operation.found.values if operation.found else None
-    kind = {"set": "update", "insert": "insert", "delete": "delete"}[operation.kind]
-    return RowChange(operation.table, kind, {}, before, operation.final)  # type: ignore[arg-type]
