@@ -244,8 +244,20 @@ def _nothing_to_undo(step: Step, journal: StepJournal, why: str) -> StepResult:
     )
 
 
+class _OnItsOwn:
+    """What is refused of one table hinders no other; what is left to do on the same table waits for its pages."""
+
+    __slots__ = ()
+
+    def independent(self, step: Step, refused: Step) -> bool:
+        if refused.kind not in (REPAIR, MAPS, ROWS, REINDEX):
+            return False
+        here, there = step.arguments, refused.arguments
+        return step.kind == REPAIR or (here["database"], here["oid"]) != (there["database"], there["oid"])
+
+
 @dataclass(frozen=True, slots=True)
-class _Pages:
+class _Pages(_OnItsOwn):
     """repair-pages: a page is either as it was or good at any time, so running it again is always right."""
 
     context: PageRepairs
@@ -260,10 +272,11 @@ class _Pages:
             left = "; ".join(f"block {block}: {why}" for block, why in sorted(done.unproven.items())[:5])
             verdict += f", but not {len(done.unproven)} that no backup has a proven image of ({left})"
         told = f"; standbys not checked: {', '.join(others)}" if others else ""
+        outcome = Outcome.DONE if done.mended else Outcome.ALREADY_DONE
         return StepResult(
             step.kind,
             step.title,
-            Outcome.DONE if done.mended else Outcome.ALREADY_DONE,
+            Outcome.REFUSED if done.unproven else outcome,
             f"{verdict}: {done.verified}{told}; take a new full backup: a repaired page writes no WAL",
             blocked_seconds=0.0 if done.lock == "SHARE UPDATE EXCLUSIVE" else round(done.locked_seconds, 3),
             evidence=journal.evidence_paths,
@@ -309,7 +322,7 @@ class _Pages:
 
 
 @dataclass(frozen=True, slots=True)
-class _Maps:
+class _Maps(_OnItsOwn):
     context: PageRepairs
     kind: str = MAPS
 
@@ -339,7 +352,7 @@ class _Maps:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _Rows(_OnItsOwn):
     """replace-rows: all in one transaction; run again it finds nothing left to do."""
 
     context: PageRepairs
@@ -389,7 +402,7 @@ def _before(plan: RestorePlan, lsn: Lsn) -> RestorePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reindex:
+class _Reindex(_OnItsOwn):
     context: PageRepairs
     kind: str = REINDEX
 

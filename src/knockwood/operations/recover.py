@@ -277,7 +277,10 @@ class _Run:
 
 
 def _checked_again(cluster: Cluster, plan: Plan, here: bool, progress: OnCheck | None) -> Iterator[Claim]:
-    names = {finding.check for finding in plan.heals}
+    from knockwood.operations.page_repair_verify import asks_again
+
+    # Pages that were mended are asked again one by one: that does not grow with the cluster.
+    names = {finding.check for finding in plan.heals if not asks_again(plan, finding)}
     if cluster.invariants():
         names.add("invariants")
     if not names:

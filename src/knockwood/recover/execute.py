@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +34,9 @@ class Handler(Protocol):
     `REFUSED`) says that nothing was changed; any other error leaves the step open. `roll_back` is as
     idempotent, is also called for a step that was killed half-way, and returns `ROLLED_BACK` (also where there
     is nothing to take back, with a detail that says so).
+
+    A handler may have a method `independent(step, refused)` that tells whether its step is safe although an
+    earlier one was refused: then the execution goes on with it. Without one it ends there.
     """
 
     @property
@@ -192,8 +195,14 @@ def _forward(
     progress: Progress | None,
 ) -> Recovery:
     steps = journal.plan.steps
+    refused: dict[int, StepResult] = {}
     for position, step in enumerate(steps):
         if position in _results(journal):
+            continue
+        before = [steps[number] for number in refused]
+        if not _independent(step, before, handlers):
+            why = f"it rests on what was refused: {before[0].title}"
+            refused[position] = StepResult(step.kind, step.title, Outcome.REFUSED, why)
             continue
         if progress:
             progress(StepProgress(step, position + 1, len(steps)))
@@ -202,10 +211,27 @@ def _forward(
         result = _run(journal, position, handlers[step.kind].run)
         if progress:
             progress(StepProgress(step, position + 1, len(steps), result))
+        left_open = StepJournal(journal, position).notes
+        if result.outcome is Outcome.REFUSED and not left_open and _others_go_on(steps[position:], handlers):
+            journal.append("stopped", step=position, reason=result.detail, result=result.as_json())
+            refused[position] = result
+            continue
         if result.outcome not in _DONE:
             return _stop(journal, position, result, verify, keep)
         journal.append("done", step=position, result=result.as_json())
-    return _finish(journal, "done", tuple(_results(journal).values()), verify, keep)
+    results = dict(sorted((_results(journal) | refused).items()))
+    return _finish(journal, "refused" if refused else "done", tuple(results.values()), verify, keep)
+
+
+def _others_go_on(steps: Sequence[Step], handlers: Mapping[str, Handler]) -> bool:
+    """Whether any step after the first, which was refused, is safe all the same."""
+    refused, *others = steps
+    return any(_independent(step, [refused], handlers) for step in others)
+
+
+def _independent(step: Step, refused: Iterable[Step], handlers: Mapping[str, Handler]) -> bool:
+    ask = getattr(handlers[step.kind], "independent", None)
+    return all(ask is not None and ask(step, other) for other in refused)
 
 
 def _backward(

@@ -132,6 +132,40 @@ def test_rolled_back_from_the_last_step_to_the_first(tmp_path: Path) -> None:
     assert unfinished(tmp_path) == []
 
 
+class Independent(Handler):
+    """Of steps with other first letters nothing hinders it."""
+
+    def independent(self, step: Step, refused: Step) -> bool:
+        return step.title[0] != refused.title[0]
+
+
+def test_what_does_not_rest_on_a_refused_step_is_done_all_the_same(tmp_path: Path) -> None:
+    plan = Plan("shop", "mend", tuple(Step("a", title) for title in ("x1", "y1", "x2", "y2")))
+    handler = Independent("a", {"x1": Outcome.REFUSED})
+    recovery = execute(plan, [handler], tmp_path, approve=plan.id, verify=lambda: (Claim("c", Verdict.HELD),))
+    assert handler.done == ["x1", "y1", "y2"]
+    assert [str(result.outcome) for result in recovery.results] == ["refused", "done", "refused", "done"]
+    assert recovery.results[2].detail == "it rests on what was refused: x1"
+    assert (recovery.complete, recovery.verdict) == (False, Verdict.BROKEN)
+    assert len(recovery.claims) == 1
+    assert unfinished(tmp_path) == []
+    noted = Independent("a", {"x1": Outcome.REFUSED}, notes=True)
+    execute(plan, [noted], tmp_path, approve=plan.id)
+    assert noted.done == ["x1"]
+    assert len(unfinished(tmp_path)) == 1
+
+
+def test_a_run_that_went_on_past_a_refusal_and_was_killed_asks_again(tmp_path: Path) -> None:
+    plan = Plan("shop", "mend", tuple(Step("a", title) for title in ("x1", "y1")))
+    killed = Independent("a", {"x1": Outcome.REFUSED, "y1": HostError("no disk")})
+    recovery = execute(plan, [killed], tmp_path, approve=plan.id)
+    assert [str(result.outcome) for result in recovery.results] == ["failed"]
+    [left] = unfinished(tmp_path)
+    again = Independent("a")
+    assert resume(left.folder, [again]).complete
+    assert again.done == ["x1", "y1"]
+
+
 def test_a_roll_back_that_is_refused_leaves_the_way_forward_open(tmp_path: Path) -> None:
     done: list[str] = []
     handlers = [Handler("a", {"third": HostError("no")}, done=done), Handler("b", done=done)]
