@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fix_clones import Protected, one, protected, rows
-from knockwood.clone import spawn
+from knockwood.clone import Clone, spawn
 from knockwood.clone.shadow_state import read_record, write_record
 from knockwood.errors import HostError, LockHeldError, NoSpaceError, RefusedError
 from knockwood.host import files, reflink
 from knockwood.model import Finding, Location, Lsn, Severity, Timeline, Verdict, WalSegment
 from knockwood.operations import shadow, shadow_steps
 from knockwood.operations.cluster import Cluster
+from knockwood.operations.restore_table import restore_table
+from knockwood.operations.warm import clone_to_read
 from knockwood.postgres.connection import connect
+from knockwood.recover.table_definition import TableName
 from knockwood.repository.archive import WalArchive
+from knockwood.repository.targets import BeforeXid, RestorePlan
 from knockwood.settings import parse
 
 if TYPE_CHECKING:
@@ -37,7 +41,9 @@ from pathlib import Path
 from knockwood.operations import shadow_steps
 from knockwood.operations.cluster import Cluster
 from knockwood.postgres.connection import connect
+from knockwood.recover.table_definition import TableName
 from knockwood.repository.archive import WalArchive
+from knockwood.repository.targets import BeforeXid, RestorePlan
 from knockwood.settings import parse
 cluster = Cluster.of(parse(Path(sys.argv[1]).read_text()), "shop")
 repository = cluster.repository()
@@ -337,3 +343,41 @@ def test_it_is_made_anew_after_a_failover_to_before_it(new_server: ServerFactory
         assert "branched off" in done.waits_for
         assert done.record.timeline == 2
         assert contents(cluster, made) == [1, 7]
+
+
+def test_a_repair_reads_from_it_unless_a_table_is_locked_there(new_server: ServerFactory) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        cluster = cluster_of(made)
+        made.execute("create table u as select 1 as a")
+        made.backup()
+        made.insert(1)
+        step(cluster, made)
+        with connect(server.dsn()) as connection, connection.transaction():
+            connection.execute("drop table u")
+            dropped = connection.execute("select pg_current_xact_id()::text").fetchone()
+        assert dropped is not None
+        made.insert(2)
+        later = made.insert(3)
+        # The DROP holds its lock just before its commit: whoever reads u there would wait for ever.
+        assert clone_to_read(cluster, made.repository, made.plan(f"before-{dropped[0]}")) is None
+        lent: list[Clone | None] = []
+
+        def warm(plan: RestorePlan) -> Clone | None:
+            lent.append(clone_to_read(cluster, made.repository, plan, registry=made.registry))
+            return lent[-1]
+
+        made.plan("latest")
+        done = restore_table(
+            made.repository,
+            BeforeXid(later),
+            TableName.parse("postgres.public.t"),
+            live_dsn=server.dsn(),
+            apply=True,
+            registry=made.registry,
+            warm=warm,
+        )
+        assert [clone is not None for clone in lent] == [True]
+        assert made.execute(f"select a from {done.destination} order by 1") == [(1,), (2,)]
+        assert made.registry.records() == []
+        assert not shadow.status(cluster).busy
