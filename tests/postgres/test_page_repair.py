@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,10 +10,14 @@ import pytest
 from fix_repair import WORK, Site, flipped, load, site_of
 from knockwood.errors import PostgresError, RefusedError
 from knockwood.host import privileges
-from knockwood.model import Verdict
+from knockwood.integrity.check import Budget
+from knockwood.model import Finding, Location, Lsn, Severity, Verdict
 from knockwood.model.recovery import Outcome, Plan
+from knockwood.operations.page_repair import plan_pages
 from knockwood.operations.protect import take
-from knockwood.postgres.pages import bad_pages
+from knockwood.postgres.pages import bad_pages, decode_header, sealed
+from knockwood.recover.pages_cold import cold_images
+from knockwood.repository.backups.listing import list_backups
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -198,6 +203,88 @@ def test_changes_that_the_archive_has_lost_too(new_server: ServerFactory) -> Non
             site.sql("insert into account values (500, 'another', 1)")
         again = site.execute(plan)
         assert again.results[0].outcome is Outcome.ALREADY_DONE
+
+
+def test_pages_last_written_before_the_backup(new_server: ServerFactory) -> None:
+    """The change that a page lacks is older than every backup: the backup's page counts, but only if it holds
+    the change. A page that no backup proves hinders no other."""
+    server = new_server(18)
+    with site_of(server) as site:
+        other = site.path("other")
+        expected = site.sql("select sum(hashtextextended(o::text, 0)) from other o")
+        site.sql("vacuum other")
+        site.settle()
+        good = {block: site.page(other, block) for block in (2, 4, 6)}
+        take(site.cluster, site.repository)
+
+        def finding(block: int) -> Finding:
+            return Finding(
+                "lost_writes",
+                Severity.CRITICAL,
+                Location(database="postgres", relation="public.other", file=other, block=block),
+                "the page is all zeros, and the WAL says that it was written",
+                evidence={
+                    "last_record": str(Lsn(decode_header(good[block]).lsn.value - 8)),
+                    "wal": f"0/1000000..{read_to} on timeline 1",
+                },
+            )
+
+        read_to = site.sql("select pg_current_wal_lsn()")
+        site.damage(other, 2, bytes(8192))
+        first = list_backups(site.repository)[-1]
+        assert first.start_lsn > decode_header(good[2]).lsn
+        # This one has the page that is zero, and another that is old but looks right.
+        stale = bytearray(good[4])
+        stale[:8] = bytes.fromhex("00000000e8030000")
+        site.damage(other, 4, sealed(bytes(stale), 4))
+        later = take(site.cluster, site.repository)
+        plan = plan_pages(site.cluster, site.repository, [finding(2), finding(4)])
+        assert [step.arguments["backup"] for step in plan.steps if step.kind == "repair-pages"] == [first.id]
+        read_to = site.sql("select pg_current_wal_lsn()")
+        # Neither is proven by the newest backup: the older one is asked.
+        plan = plan_pages(site.cluster, site.repository, [finding(2), finding(4)])
+        [step] = [step for step in plan.steps if step.kind == "repair-pages"]
+        assert step.arguments["backup"] == later.id
+        assert step.arguments["older"][0] == first.id
+        # Of a page that lacks what nobody has there is no image; the others are mended all the same.
+        site.damage(other, 6, bytes(8192))
+        lost = replace(
+            finding(6), evidence={"last_record": read_to, "wal": f"0/1000000..{read_to} on timeline 1"}
+        )
+        plan = plan_pages(site.cluster, site.repository, [finding(2), finding(4), lost])
+        recovery = site.execute(plan)
+        [result] = [each for each in recovery.results if each.kind == "repair-pages"]
+        assert result.outcome is Outcome.REFUSED
+        assert recovery.verdict is Verdict.BROKEN
+        assert result.values["mended"] == [2, 4]
+        assert list(result.values["not_mended"]) == ["6"]
+        assert "known to have changed" in result.detail
+        assert site.page(other, 2) == good[2]
+        plan = plan_pages(site.cluster, site.repository, [finding(6)])
+        mend(site, plan)
+        assert site.sql("select sum(hashtextextended(o::text, 0)) from other o") == expected
+
+
+def test_pages_that_nobody_has_changed_need_no_clone(new_server: ServerFactory) -> None:
+    """They come from the backup, unless the WAL names them or has cut the table short."""
+    server = new_server(18)
+    with site_of(server) as site:
+        subject = site.cluster.subject(Budget(), repository=site.repository)
+        [backup] = list_backups(site.repository)
+        target = site.target("other")
+        site.settle()
+        pages = {block: site.page(target.path, block) for block in (1, 3, 5)}
+        site.sql("update other set body = 'new' where ctid = '(3,1)'")
+
+        def cold(beyond: dict[int, Lsn]) -> dict[int, bytes]:
+            good = cold_images(subject, site.repository, backup, target, [1, 3, 5, 9999], beyond)
+            return dict(good.images) if good else {}
+
+        assert cold({}) == {1: pages[1], 5: pages[5]}
+        assert cold({5: decode_header(pages[5]).lsn}) == {1: pages[1]}
+        site.sql("delete from other where ctid >= '(20,0)'")
+        site.sql("vacuum (truncate on) other")
+        assert cold({}) == {}
 
 
 def test_without_a_way_to_drop_buffers(new_server: ServerFactory) -> None:

@@ -39,12 +39,14 @@ from knockwood.recover import rows
 from knockwood.recover.execute import Handler
 from knockwood.recover.indexes import mend_indexes, reindex
 from knockwood.recover.journal import StepJournal
+from knockwood.recover.pages_cold import cold_images
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, good_images
 from knockwood.recover.pages_maps import rebuild_map
 from knockwood.recover.pages_session import Patience
 from knockwood.recover.pages_write import Images, OutdatedError, Repaired, repair, standbys
 from knockwood.recover.plan.pages import Procedure
+from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Progress
 from knockwood.repository.plans import RestorePlan
 from knockwood.repository.repository import Repository
@@ -111,23 +113,41 @@ class PageRepairs:
             left = set(blocks)
             for backup in backups:
                 try:
+                    if before is None:
+                        cold = self._cold(backup, target, left, beyond)
+                        if cold is not None:
+                            found.append(cold)
+                            left -= cold.images.keys()
+                            if not left:
+                                break
                     if before is not None:
                         good = self._from_before(before, backup, target, left, beyond)
                     else:
                         good = self._newest_images(backup, target, left, beyond)
-                except KnockwoodError:
+                except KnockwoodError as error:
                     if not found:
                         raise
-                    break  # an older backup is a help, not a need
+                    # What is proven is mended all the same.
+                    doubts = {block: doubts.get(block, str(error)) for block in left}
+                    break
                 found.append(good)
                 left -= good.images.keys()
                 doubts = {block: doubts.get(block, good.doubts[block]) for block in left}
                 if not left:
                     break
-            found[-1] = replace(found[-1], doubts=doubts)
+            found[-1] = replace(found[-1], doubts={block: doubts[block] for block in left})
             return found
 
         return ask
+
+    def _cold(
+        self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
+    ) -> Good | None:
+        """What needs no clone, because the backup has it as it is to be."""
+        chosen = [each for each in list_backups(self.repository) if each.id == backup]
+        if not chosen:
+            return None
+        return cold_images(self.subject, self.repository, chosen[0], target, blocks, beyond)
 
     def _newest_images(
         self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]

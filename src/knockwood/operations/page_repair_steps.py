@@ -67,8 +67,8 @@ def page_step(
         conditions.append(
             Precondition(
                 "newest image",
-                f"the clone (of backup {backup.id}) holds the page as of its last WAL record, and the server's"
-                " WAL names it nowhere since, asked under the lock",
+                f"backup {backup.id} (replayed in a clone where the WAL names the page since) holds it as of its"
+                " last WAL record, and the server's WAL names it nowhere since, asked under the lock",
             )
         )
     known = {str(block): str(lsn) for block, lsn in sorted(beyond.items()) if block in judgements}

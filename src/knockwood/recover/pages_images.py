@@ -111,7 +111,7 @@ def _read(
         image = read_block(clone.data_directory / segment_path(target.path, block), offset, PAGE_BYTES)
         if len(image) < PAGE_BYTES and wal[block].known and wal[block].newest.value == 0:
             image = bytes(PAGE_BYTES)  # zero pages at the end of a file are made without WAL
-        reason = _doubt(image, block, wal[block])
+        reason = doubt(image, block, wal[block])
         if reason is None:
             images[block] = image
         else:
@@ -119,7 +119,8 @@ def _read(
     return images, doubts
 
 
-def _doubt(image: bytes, block: int, wal: WalFacts) -> str | None:
+def doubt(image: bytes, block: int, wal: WalFacts) -> str | None:
+    """Why an image is not proven to be the newest good one of the block; None if it is."""
     if len(image) < PAGE_BYTES:
         return "its file ends before the block (was the table truncated or rewritten?)"
     if not any(image):

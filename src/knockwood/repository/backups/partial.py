@@ -170,6 +170,30 @@ def read_block(
     raise ObjectMissingError(f"the backup holds no block {block} of {path}", where=backup.id)
 
 
+def read_blocks(
+    repository: Repository, backup: Backup, path: str, blocks: Collection[int]
+) -> dict[int, bytes]:
+    """Those of some pages of a relation's fork that a full backup holds; `path` and blocks as in `read_block`."""
+    _refuse_incremental(backup)
+    index = read_index(repository, backup, (path,))
+    by_pack: dict[int, list[tuple[int, int]]] = {}
+    for block in blocks:
+        segment, within = divmod(block, SEGMENT_PAGES)
+        member = index.members.get(f"{path}.{segment}" if segment else path)
+        if member is not None and (within + 1) * PAGE_BYTES <= member.size:
+            by_pack.setdefault(member.pack, []).append((member.offset + within * PAGE_BYTES, block))
+    found: dict[int, bytes] = {}
+    for number, places in by_pack.items():
+        places.sort()
+        reader = _Reader(repository, backup, index.packs[number])
+        data = b"".join(reader.read([(offset, PAGE_BYTES) for offset, _ in places]))
+        if len(data) != PAGE_BYTES * len(places):
+            raise ObjectDamagedError("the backup's pack ends too early", where=index.packs[number].name)
+        for at, (_, block) in enumerate(places):
+            found[block] = data[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
+    return found
+
+
 def _refuse_incremental(backup: Backup) -> None:
     if backup.kind != "full":
         raise RefusedError(

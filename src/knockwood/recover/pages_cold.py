@@ -1,0 +1,79 @@
+"""Good images of pages that nobody has changed since the backup: they are in it as they have to be.
+
+No clone is needed for them: reading them costs some frames of the backup and the WAL since. They are proven by
+the same rule as a clone's images (`pages_images`), which for a page that no WAL record names is the backup's page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from knockwood.errors import HostError, KnockwoodError, ObjectMissingError
+from knockwood.integrity.check import Subject
+from knockwood.integrity.staged_wal import staged_wal
+from knockwood.model.wal import Lsn
+from knockwood.postgres.walrefs import relation_events
+from knockwood.recover import pages_facts as facts
+from knockwood.recover.pages_facts import Target
+from knockwood.recover.pages_images import Good, doubt
+from knockwood.repository.backups.model import Backup
+from knockwood.repository.backups.partial import read_blocks
+from knockwood.repository.repository import Repository
+
+_NONE: Final[frozenset[int]] = frozenset()
+
+
+def cold_images(
+    subject: Subject,
+    repository: Repository,
+    backup: Backup,
+    target: Target,
+    blocks: Collection[int],
+    beyond: Mapping[int, Lsn],
+) -> Good | None:
+    """Images of those of the blocks that the WAL since a full backup does not name; None if there are none.
+
+    Nothing is taken from the backup where the WAL since has made, dropped or truncated the relation, or cannot
+    be read: that is left to a clone, which replays it. So are pages that are empty in the backup.
+    """
+    if backup.kind != "full" or backup.timeline != subject.facts.timeline:
+        return None
+    until = facts.flush_wal(subject, target.database)
+    wal = facts.wal_facts(subject, target, blocks, backup.start_lsn, until, beyond)
+    cold = [block for block in sorted(blocks) if wal[block].known and wal[block].last is None]
+    if not cold or not _stayed(subject, target, backup.start_lsn, until):
+        return None
+    try:
+        found = read_blocks(repository, backup, target.path, cold)
+    except KnockwoodError:
+        return None  # what is wrong with the backup a clone of it finds, and says
+    images = {
+        block: image
+        for block, image in found.items()
+        if any(image) and doubt(image, block, wal[block]) is None
+    }
+    if not images:
+        return None
+    return Good(until, backup.start_lsn, images, {block: wal[block] for block in images}, _NONE)
+
+
+def _stayed(subject: Subject, target: Target, since: Lsn, until: Lsn) -> bool:
+    """Whether the relation's files are those that the backup has, and none was cut short meanwhile."""
+    size = subject.facts.segment_bytes
+    try:
+        with staged_wal(subject, until, until - since + 2 * size, since=since) as wal:
+            if wal is None or wal.start > since or wal.end < until:
+                return False
+            events = relation_events(facts.programs_of(subject), wal.folder, wal.timeline, since, until, size)
+            changed = any(_main(event.path) == target.path for event in events)
+            wal.require_unchanged()
+            return not changed
+    except (HostError, ObjectMissingError):
+        return False
+
+
+def _main(path: str) -> str:
+    """The relation's own file, for that of any of its forks."""
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{name.partition('_')[0]}"
