@@ -38,12 +38,15 @@ class Mover:
         self._case = Case()
         self._kinds = [each for each in _ALL if each[0] != without]
 
-    def transaction(self, name: str) -> Case:
-        """Run one. Statements that fail (a taken key, say) are rolled back to a savepoint, like some others."""
+    def transaction(self, name: str, body: Statement | None = None) -> Case:
+        """Run one, of the statements of `body` or of random ones.
+
+        Random ones that fail (a taken key, say) are rolled back to a savepoint, like some others.
+        """
         case = self._case = Case()
         self._plainly("begin")
         try:
-            self._body()
+            (body or Mover._body)(self)
             row = self._connection.execute("select pg_current_xact_id_if_assigned()::text::bigint").fetchone()
             case.xid = row[0] & 0xFFFF_FFFF if row and row[0] is not None else None
             # Deferred constraints speak before the commit, where that can still be undone.
@@ -92,6 +95,10 @@ class Mover:
         shown = statement if not values else f"{statement} -- {[str(v)[:60] for v in values]}"
         self._case.said.append(shown[:1500])
         return self._connection.execute(statement.encode(), values).rowcount
+
+    def count(self, kind: str) -> None:
+        """Note what a statement was."""
+        self._case.kinds[kind] += 1
 
     def one(self, statement: str) -> Any:
         row = self._connection.execute(statement.encode()).fetchone()
@@ -261,6 +268,46 @@ def same_key(mover: Mover) -> None:
     mover.run(
         f"update {name} set k = ({changes[short]})::{sql_type} where {chosen} and {mover.pick(name, 2, 'ctid')}"
     )
+
+
+def sweep(world: World, groups: int) -> list[Statement]:
+    """Transactions that fill every column of every table of types, then change each, then delete the rows."""
+    parts = [world.typed[number::groups] for number in range(groups)]
+
+    def over(tables: list[Made], change: Callable[[Mover, Made], None]) -> Statement:
+        def body(mover: Mover) -> None:
+            for made in tables:
+                change(mover, made)
+
+        return body
+
+    return [over(part, change) for change in (_fill, _change, _empty) for part in parts]
+
+
+def _full(mover: Mover, made: Made) -> dict[str, str | None]:
+    return {name: mover.world.values.taken(mover.rng, each, 0) for name, each in made.columns}
+
+
+def _fill(mover: Mover, made: Made) -> None:
+    for number in (1, 2):
+        row = _full(mover, made)
+        key = [] if made.make in ("identity", "default") else [f"{-number}"]
+        columns = ", ".join((["id"] if key else []) + list(row))
+        values = ", ".join(key + _casts(made, list(row)))
+        mover.run(f"insert into {made.name} ({columns}) values ({values})", list(row.values()))
+    mover.count("every column filled")
+
+
+def _change(mover: Mover, made: Made) -> None:
+    row = _full(mover, made)
+    sets = ", ".join(f"{n} = {c}" for n, c in zip(row, _casts(made, list(row)), strict=True))
+    mover.run(f"update {made.name} set {sets}", list(row.values()))
+    mover.count("every column changed")
+
+
+def _empty(mover: Mover, made: Made) -> None:
+    mover.run(f"delete from {made.name}")
+    mover.count("every row deleted")
 
 
 # --- related tables ----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from knockwood.operations.protect import take
 from knockwood.operations.revert import Executed, Proposal, Wish, execute, propose
 from knockwood.operations.revert_changes import Gathered, changes_of
 from knockwood.postgres.connection import Connection
-from round_moves import EXCHANGE, TRIGGERS, Case, Mover
+from round_moves import EXCHANGE, TRIGGERS, Case, Mover, sweep
 from round_schema import Judge, World, make_world
 from sandbox import OUT, end_cleanly, say
 from tables import markdown
@@ -95,7 +95,7 @@ def ground(major: int, seed: int, parent: Path | None = None) -> Iterator[Ground
         yield Ground(place, connection, world, Judge(connection))
 
 
-def block(ground: Ground, rng: random.Random, size: int, tally: Tally) -> None:
+def block(ground: Ground, rng: random.Random, size: int, tally: Tally, first: bool = False) -> None:
     """Run transactions one after the other, go back over all of them, and forth again; tell what differs."""
     judge = ground.judge
     # Both in one revert are refused: triggers ask for a role under which no deferrable constraint is enforced.
@@ -103,8 +103,11 @@ def block(ground: Ground, rng: random.Random, size: int, tally: Tally) -> None:
     judge.forget()
     judge.keep(0)
     cases: list[Case] = []
+    # The first block of each run visits every type; chance would leave some out.
+    bodies = sweep(ground.world, max(size // 4, 1)) if first else []
     for number in range(size):
-        cases.append(mover.transaction(f"two-phase {number}"))
+        body = bodies[number] if number < len(bodies) else None
+        cases.append(mover.transaction(f"two-phase {number}", body))
         judge.keep(number + 1)
         tally.kinds.update(cases[-1].kinds)
     tally.cases += size
@@ -113,15 +116,15 @@ def block(ground: Ground, rng: random.Random, size: int, tally: Tally) -> None:
     try:
         reverts: list[tuple[int, int, int]] = []
         gathered = _gathered(ground, [case.xid for case in cases if case.xid is not None])
-        for first, last in _groups(size, rng):
-            point = first
-            xids = [case.xid for case in cases[first:last] if case.xid is not None]
+        for low, last in _groups(size, rng):
+            point = low
+            xids = [case.xid for case in cases[low:last] if case.xid is not None]
             done = _reverted(ground, xids, gathered, tally) if xids else None
-            _require(judge, first)
+            _require(judge, low)
             if done is not None:
-                reverts.append((done, first, last))
-            tally.back += last - first
-            tally.together += last - first > 1
+                reverts.append((done, low, last))
+            tally.back += last - low
+            tally.together += last - low > 1
         again = _gathered(ground, [xid for xid, _, _ in reverts])
         for xid, first, last in reversed(reverts):
             point = last
@@ -232,11 +235,13 @@ def run(
             "null_only": world.values.empty,
         }
         say(f"{world.columns} columns of {world.types} types, {here.judge.tables} tables")
+        first = True
         while tally.cases < wanted:
             began = time.monotonic()
             before = len(tally.wrong)
             rng = random.Random(f"{seed} {major} {tally.blocks}")
-            block(here, rng, min(size, wanted - tally.cases), tally)
+            block(here, rng, min(size, wanted - tally.cases), tally, first)
+            first = False
             tally.seconds += time.monotonic() - began
             done()
             say(f"{major}: {tally.cases} cases, {tally.seconds:.0f} s, {len(tally.wrong)} wrong")
