@@ -153,6 +153,8 @@ def test_every_kill_leaves_the_old_one_or_the_new_one(tmp_path: Path, exchange: 
             if execution.unfinished(state):
                 execution.roll_back(folder, handlers)
             assert whole(data) == "old"
+            names = {path.name.partition("-")[0] for path in data.parent.iterdir()}
+            assert names <= {"data", "data.rolled"}, "the restored one is where the outcome says, or gone"
         assert execution.unfinished(state) == []
     assert whole(data) == "new"
     assert states == ({"old", "new"} if exchange else {"old", "new", "none"})

@@ -146,6 +146,11 @@ def swap_back(places: Places, old: Identity) -> bool:
         raise HostError("the old data directory is in none of its places", where=str(places.data.parent))
     moved = kept != places.data
     with files.translated(places.data):
+        if kept == places.new and places.data.exists():
+            # Killed right after the exchange: the restored one has been where servers start. Under this name
+            # no roll-back takes it for one that nobody ever used.
+            kept = places.new.rename(places.old)
+            files.fsync_file(places.data.parent)
         if moved:
             if not places.data.exists():
                 kept.rename(places.data)
@@ -157,6 +162,9 @@ def swap_back(places: Places, old: Identity) -> bool:
         if places.old.exists():
             places.old.rename(places.rolled_back)
             moved = True
+        elif moved and places.new.exists():
+            # Killed between the two renames: the restored one never was in place.
+            places.new.rename(places.rolled_back)
         files.fsync_file(places.data.parent)
     return moved
 
