@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fix_repair import WORK, Site, flipped, load, site_of
+from fix_repair import ORDERS, WORK, Site, flipped, load, site_of
 from knockwood.errors import PostgresError, RefusedError
 from knockwood.host import privileges
 from knockwood.integrity.check import Budget
@@ -209,13 +209,11 @@ def test_pages_last_written_before_the_backup(new_server: ServerFactory) -> None
     """The change that a page lacks is older than every backup: the backup's page counts, but only if it holds
     the change. A page that no backup proves hinders no other."""
     server = new_server(18)
-    with site_of(server) as site:
+    with site_of(server, f"{ORDERS};\nvacuum (freeze) other") as site:
         other = site.path("other")
         expected = site.sql("select sum(hashtextextended(o::text, 0)) from other o")
-        site.sql("vacuum other")
         site.settle()
         good = {block: site.page(other, block) for block in (2, 4, 6)}
-        take(site.cluster, site.repository)
 
         def finding(block: int) -> Finding:
             return Finding(
@@ -231,7 +229,7 @@ def test_pages_last_written_before_the_backup(new_server: ServerFactory) -> None
 
         read_to = site.sql("select pg_current_wal_lsn()")
         site.damage(other, 2, bytes(8192))
-        first = list_backups(site.repository)[-1]
+        [first] = list_backups(site.repository)
         assert first.start_lsn > decode_header(good[2]).lsn
         # This one has the page that is zero, and another that is old but looks right.
         stale = bytearray(good[4])

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from knockwood.errors import HostError, KnockwoodError, ObjectMissingError
+from knockwood.errors import KnockwoodError
 from knockwood.integrity.check import Subject
-from knockwood.integrity.staged_wal import staged_wal
+from knockwood.integrity.staged_wal import StagedWal
 from knockwood.model.wal import Lsn
-from knockwood.postgres.walrefs import relation_events
+from knockwood.postgres.walrefs import RelationEvent, relation_events
 from knockwood.recover import pages_facts as facts
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, doubt
@@ -40,9 +40,18 @@ def cold_images(
     if backup.kind != "full" or backup.timeline != subject.facts.timeline:
         return None
     until = facts.flush_wal(subject, target.database)
-    wal = facts.wal_facts(subject, target, blocks, backup.start_lsn, until, beyond)
+    came_or_went: list[RelationEvent] = []
+
+    def note(wal: StagedWal) -> None:
+        programs = facts.programs_of(subject)
+        events = relation_events(
+            programs, wal.folder, wal.timeline, backup.start_lsn, until, wal.segment_bytes
+        )
+        came_or_went.extend(event for event in events if _main(event.path) == target.path)
+
+    wal = facts.wal_facts(subject, target, blocks, backup.start_lsn, until, beyond, note)
     cold = [block for block in sorted(blocks) if wal[block].known and wal[block].last is None]
-    if not cold or not _stayed(subject, target, backup.start_lsn, until):
+    if not cold or came_or_went:
         return None
     try:
         found = read_blocks(repository, backup, target.path, cold)
@@ -56,21 +65,6 @@ def cold_images(
     if not images:
         return None
     return Good(until, backup.start_lsn, images, {block: wal[block] for block in images}, _NONE)
-
-
-def _stayed(subject: Subject, target: Target, since: Lsn, until: Lsn) -> bool:
-    """Whether the relation's files are those that the backup has, and none was cut short meanwhile."""
-    size = subject.facts.segment_bytes
-    try:
-        with staged_wal(subject, until, until - since + 2 * size, since=since) as wal:
-            if wal is None or wal.start > since or wal.end < until:
-                return False
-            events = relation_events(facts.programs_of(subject), wal.folder, wal.timeline, since, until, size)
-            changed = any(_main(event.path) == target.path for event in events)
-            wal.require_unchanged()
-            return not changed
-    except (HostError, ObjectMissingError):
-        return False
 
 
 def _main(path: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -12,7 +12,7 @@ import psycopg
 from knockwood.errors import HostError, InternalError, ObjectMissingError, ProgramFailedError, RefusedError
 from knockwood.host.direct import read_block
 from knockwood.integrity.check import Subject
-from knockwood.integrity.staged_wal import staged_wal
+from knockwood.integrity.staged_wal import StagedWal, staged_wal
 from knockwood.model.wal import Lsn
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, connect, translated, with_words
@@ -164,11 +164,12 @@ def wal_facts(
     since: Lsn,
     until: Lsn,
     beyond: Mapping[int, Lsn] = NOTHING_KNOWN,
+    beside: Callable[[StagedWal], None] | None = None,
 ) -> Mapping[int, WalFacts]:
     """What the WAL in [since, until) says of the blocks, from the server's pg_wal or else the archive.
 
     `beyond` are starts of records known to have changed blocks. Never raises for WAL that cannot be had: then
-    nothing is known, with the reason.
+    nothing is known, with the reason. `beside` is given the same WAL to look for something else.
     """
     if not blocks:
         return {}
@@ -181,6 +182,8 @@ def wal_facts(
             found = block_records(
                 programs_of(subject), wal.folder, wal.timeline, since, until, size, target.node, blocks
             )
+            if beside is not None:
+                beside(wal)
             wal.require_unchanged()
     except (HostError, ObjectMissingError) as error:
         return {block: WalFacts(False, (), since, until, str(error), beyond.get(block)) for block in blocks}
