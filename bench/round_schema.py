@@ -126,15 +126,19 @@ class World:
         return sum(len(each.columns) for each in (*self.typed, *self.keyed))
 
 
-def make_world(connection: Connection, major: int, seed: int, width: int = _WIDTH) -> World:
-    """Create it, with rows in it. The connection is the superuser's, with settings pinned."""
+def make_world(
+    connection: Connection, probe: Connection, major: int, seed: int, width: int = _WIDTH
+) -> World:
+    """Create it. The connections are the superuser's, with settings pinned; `probe` asks the input functions
+    about values: a value refused must not end a transaction of the other.
+    """
     connection.execute(_KINDS.encode())
     connection.execute(f"create schema {SCHEMA}".encode())
     # Rows of the schema's own tables and of the application's extensions are no types to test.
     types = all_types(connection, [SCHEMA, "public"])
     good, reasons = storable(connection, types)
     row = connection.execute("select current_user").fetchone()
-    values = Values(connection, types, str(row[0] if row else ""))
+    values = Values(probe, types, str(row[0] if row else ""))
     rng = random.Random(f"{seed} {major}")
     values.fill(good, rng)
     columns = [(f"c{number}", each) for number, each in enumerate(good)]

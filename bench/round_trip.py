@@ -86,8 +86,12 @@ def ground(major: int, seed: int, parent: Path | None = None) -> Iterator[Ground
     """Make the schema, fill it, and take the base backup."""
     programs = choose_programs(major)
     protected = sandbox(orders=20, clients=1, seed=seed, parent=parent, programs=programs, settings=_SETTINGS)
-    with protected as place, open_pinned(place.dsn, None) as connection:
-        world = make_world(connection, programs.major, seed)
+    with (
+        protected as place,
+        open_pinned(place.dsn, None) as connection,
+        open_pinned(place.dsn, None) as probe,
+    ):
+        world = make_world(connection, probe, programs.major, seed)
         mover = Mover(connection, world, random.Random(f"{seed} first rows"))
         for number in range(40):
             mover.transaction(f"first {number}")
