@@ -168,7 +168,7 @@ class CommandLine:
             assert self.slots() == []
         assert not list((self.state / "clones").glob("*.json"))
         left = [path for path in self.folder.rglob("*") if path.name.startswith(".tmp-")]
-        assert left == []
+        assert left == [], f"left behind: {left}"
         for lease in self.repository.glob("leases/*"):
             newest = max(lease.glob("*.json"))
             assert json.loads(newest.read_text())["holder"] is None, newest

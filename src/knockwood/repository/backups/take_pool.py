@@ -33,6 +33,9 @@ _AHEAD: Final = 2
 _LOOK: Final = 5.0
 """Seconds between looks at whether the backup's session still lives."""
 
+_GRACE: Final = 5.0
+"""Seconds that a worker has to remove what it was writing, where the backup is given up."""
+
 
 def _temporary() -> IO[str]:
     return tempfile.TemporaryFile("w+", encoding="utf-8")
@@ -84,7 +87,10 @@ class WorkerPool:
 
     def close(self) -> None:
         for worker in self._workers:
-            processes.stop(worker.child, grace=0)
+            if worker.child.poll() is None:
+                worker.child.terminate()
+        for worker in self._workers:
+            processes.stop(worker.child, grace=_GRACE)
         for worker in self._workers:
             if worker.reader is not None:
                 worker.reader.join()

@@ -13,9 +13,12 @@ import hashlib
 import json
 import os
 import queue
+import signal
 import stat
+import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,12 +186,15 @@ def _work(orders: _Orders, out: _Lines) -> None:
 
 
 def main() -> None:
+    # Whoever gives the backup up lets us remove the file that we were writing.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = _Lines(1)
     try:
         _work(_Orders(), out)
     except BaseException as error:
         told = error if isinstance(error, KnockwoodError) else InternalError(f"a worker failed: {error!r}")
-        out.control(failed=type(told).__name__, what=told.what, where=told.where, hint=told.hint)
+        with suppress(OSError):  # nobody may listen any more
+            out.control(failed=type(told).__name__, what=told.what, where=told.where, hint=told.hint)
     finally:
         # The thread that waits for orders would hold up an ordinary end.
         os._exit(0)
