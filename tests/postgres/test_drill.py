@@ -12,8 +12,13 @@ from knockwood.drill.story import Kind, Story
 from knockwood.errors import UsageError
 from knockwood.model import Verdict
 
+# Bisecting takes the longest.
+LONG = ("bad-release",)
 
-@pytest.mark.parametrize("name", SCENARIOS)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in SCENARIOS]
+)
 def test_a_scenario_holds_and_leaves_nothing(name: str, shared_folder: Path) -> None:
     parent = shared_folder / f"drill-{name}"
     parent.mkdir(mode=0o755)

@@ -95,6 +95,7 @@ def test_culprits_of_many_kinds_in_one_go(line: CommandLine) -> None:
     line.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_dependents_ddl_and_what_is_not_known(line: CommandLine) -> None:
     dsn = line.server.dsn("postgres")
     before = fingerprint(dsn)
