@@ -50,7 +50,7 @@ $(STAMP): $(VENV)/.dependencies pyproject.toml
 	touch $@
 
 demo: install ## two outages on a real server under load, found and undone
-	@exec $(BIN)/knockwood drill run corrupt-table rogue-script
+	@exec $(BIN)/knockwood drill run corrupt-table rogue-script --orders 20000
 
 test: install ## unit, PostgreSQL and documentation tests, without the slow ones
 	@exec $(PYTEST) -n $(WORKERS) -m "not slow" $(wildcard tests/unit tests/postgres tests/docs)

@@ -83,7 +83,7 @@ def _show_card(console: Console, card: Scorecard) -> None:
     times = card.seconds
     table.add_row("time to detect", seconds(times.detect))
     table.add_row("time to diagnose", seconds(times.diagnose))
-    table.add_row("time to restored", seconds(times.restore))
+    table.add_row("time to mended", seconds(times.restore))
     table.add_row("time to proved", seconds(times.verify))
     table.add_row("promised commits", f"{card.acknowledged_commits:,}")
     table.add_row("lost", f"{card.good_transactions_lost:,}")
