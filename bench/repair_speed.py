@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text, short = _section(bench, size, given.warm)
         sections.append(text)
         missed += short
-        _write(programs, given, begun, sections)
+        _write(f"PostgreSQL {programs.major}.{programs.minor}", given, begun, sections)
     print((OUT / "repairs.md").read_text())
     for bar in missed:
         say(f"bar missed: {bar}")
@@ -92,9 +92,9 @@ def _missed(takes: Sequence[Taken], peer: float, size: str) -> list[str]:
     ]
 
 
-def _write(programs: object, given: argparse.Namespace, begun: float, sections: Sequence[str]) -> None:
+def _write(server: str, given: argparse.Namespace, begun: float, sections: Sequence[str]) -> None:
     head = (
-        f"Knockwood {__version__}, {programs}; {describe()}. Load before: {begun:.1f}."
+        f"Knockwood {__version__}, {server}; {describe()}. Load before: {begun:.1f}."
         f" Medians of {given.runs}; {given.pages} pages, {given.rows} rows."
     )
     OUT.mkdir(parents=True, exist_ok=True)

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from knockwood.clone.partial import spawn_for
-from knockwood.clone.partial_files import RelationKey
 from knockwood.clone.registry import Registry
-from knockwood.clone.spawn import Clone, spawn
 from knockwood.history.images import RowChanges, row_changes
 from knockwood.history.shapes import TableShape
-from knockwood.history.standing import Position
+from knockwood.history.spawners import clones_for
+from knockwood.history.standing import Position, Standing
 from knockwood.history.transaction import TableId, Transaction
 from knockwood.model import Lsn
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.warm import clone_to_read
 from knockwood.recover.plan.rows import Culprit
 from knockwood.recover.revert_catalog import Catalog
-from knockwood.repository.backups.listing import relation_map
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import RestorePlan
 
@@ -94,16 +91,10 @@ def changes_of(
     if half:
         return
     ordered = sorted(transactions, key=lambda one: one.commit_lsn)
+    cold = clones_for(repository, ordered, purpose="revert", programs_for=cluster.programs, registry=registry)
 
-    def make(plan: RestorePlan) -> Clone:
-        warm = clone_to_read(cluster, repository, plan, registry=registry)
-        if warm is not None:
-            return warm
-        keys = _keys(repository, plan, ordered)
-        programs = cluster.programs(plan.backup.major)
-        if not keys:
-            return spawn(repository, plan, programs=programs, purpose="revert", registry=registry)
-        return spawn_for(repository, plan, keys, programs=programs, purpose="revert", registry=registry)
+    def make(plan: RestorePlan) -> Standing:
+        return clone_to_read(cluster, repository, plan, registry=registry) or cold(plan)
 
     with Position(make) as position:
         for one in ordered:
@@ -119,26 +110,3 @@ def changes_of(
             )
             with read as changes:
                 gathered.take(one, changes)
-
-
-def _keys(
-    repository: Repository, plan: RestorePlan, transactions: Sequence[Transaction]
-) -> list[RelationKey]:
-    """The tables to have on the clone; none where a file is not in the backup's map: then all."""
-    relations = relation_map(repository, plan.backup).relations
-    by_file = {(each.database_oid, each.filenode): each for each in relations}
-    by_oid = {(each.database_oid, each.oid): each for each in relations}
-    keys: dict[tuple[str, int], RelationKey] = {}
-    for one in transactions:
-        if one.catalog_changes:
-            return []
-        for touched in one.relations:
-            found = by_file.get((touched.database, touched.filenode))
-            if found is None:
-                return []
-            # A TOAST relation comes with its table.
-            if found.table is not None:
-                found = by_oid.get((found.database_oid, found.table), found)
-            if found.kind == "r" and found.oid >= 16384:
-                keys[found.database, found.oid] = RelationKey(found.database, oid=found.oid)
-    return list(keys.values())
