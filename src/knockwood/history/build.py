@@ -106,19 +106,22 @@ class Indexer:
 
     def _read(self, piece: Piece) -> Bytes:
         segment = piece.segment
-        data = bytearray()
+        data = np.empty(segment.bytes, np.uint8)
+        room, size = data.data, 0
         try:
             for chunk in self._repository.read(piece.object):
-                data += chunk
+                # What is too much is counted, and not kept.
+                room[size : size + len(chunk)] = chunk[: max(segment.bytes - size, 0)]
+                size += len(chunk)
         except ObjectMissingError:
             if piece.end is None:
                 raise
             return _replaced(self._repository, segment, piece)
         wanted = (piece.end or segment.end) - segment.start
-        if len(data) != wanted:
-            raise ObjectDamagedError(f"holds {len(data)} bytes instead of {wanted}", where=piece.object)
-        data += bytes(segment.bytes - len(data))
-        return np.frombuffer(data, np.uint8)
+        if size != wanted:
+            raise ObjectDamagedError(f"holds {size} bytes instead of {wanted}", where=piece.object)
+        data[size:] = 0
+        return data
 
 
 def _replaced(repository: Repository, segment: WalSegment, piece: Piece) -> Bytes:

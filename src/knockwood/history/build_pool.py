@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -24,33 +23,38 @@ from knockwood.repository.walk import Piece
 _MODULE: Final = "knockwood.history.build_worker"
 
 BATCH: Final = 8
-"""Segments a worker takes at once; before the first of them it reads the one before again."""
+"""Segments a worker takes at once; unless it did the one before the first of them, it reads that again."""
 
 FEWEST: Final = 8
 """Below so many segments starting processes costs more than it saves."""
 
 _MOST_WORKERS: Final = 4
 
+_ENVIRONMENT: Final = {
+    # One thread each: the work is divided by segments already.
+    "OPENBLAS_NUM_THREADS": "1",
+    # glibc keeps what is freed for the next segment: pages given back and faulted in again cost a tenth.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
+
 
 @dataclass(slots=True)
 class _Pool:
-    batches: queue.SimpleQueue[list[int]]
+    batches: list[list[int]]
     stored: dict[int, str]
     advance: Callable[[], None]
     lock: threading.Lock
 
-    def serve(self, child: subprocess.Popen[bytes], job: bytes) -> None:
-        """Feed one worker until nothing is left or it is dead."""
+    def serve(self, child: subprocess.Popen[bytes], job: bytes, first: list[int]) -> None:
+        """Feed one worker until nothing is left or it is dead; begin with a batch of its own."""
         assert child.stdin is not None
         assert child.stdout is not None
         # One that dies leaves its segments to the parent.
         with suppress(BrokenPipeError, ValueError):
             child.stdin.write(job)
-            while True:
-                try:
-                    batch = self.batches.get_nowait()
-                except queue.Empty:
-                    return
+            batch: list[int] | None = first
+            while batch is not None:
                 child.stdin.write(json.dumps(batch).encode() + b"\n")
                 child.stdin.flush()
                 for line in child.stdout:
@@ -60,6 +64,16 @@ class _Pool:
                     self._note(*answer)
                 else:
                     return
+                batch = self._after(batch[-1])
+
+    def _after(self, last: int) -> list[int] | None:
+        """A worker's next batch: what follows its last one, for it has the end of that at hand."""
+        with self.lock:
+            if not self.batches:
+                return None
+            firsts = [batch[0] for batch in self.batches]
+            at = firsts.index(last + 1) if last + 1 in firsts else len(firsts) // 2
+            return self.batches.pop(at)
 
     def _note(self, position: int, name: str | None) -> None:
         if name is None:
@@ -87,9 +101,11 @@ def build_in_processes(
     count = min(workers if workers is not None else (os.cpu_count() or 1), _MOST_WORKERS)
     if count < 2 or len(whole) < FEWEST:
         return {}
-    pool = _Pool(queue.SimpleQueue(), {}, advance, threading.Lock())
-    for batch in _batches(whole):
-        pool.batches.put(batch)
+    batches = _batches(whole)
+    count = min(count, len(batches))
+    # Far from each other, so that each has much to go on with.
+    firsts = [batches[number * len(batches) // count] for number in range(count)]
+    pool = _Pool([one for one in batches if one not in firsts], {}, advance, threading.Lock())
     job = {
         "storage": repository.storage.url,
         "recipients": repository.recipients,
@@ -100,7 +116,10 @@ def build_in_processes(
     line = json.dumps(job).encode() + b"\n"
     with ExitStack() as stack:
         children = [_start(stack) for _ in range(count)]
-        threads = [threading.Thread(target=pool.serve, args=(child, line)) for child in children]
+        threads = [
+            threading.Thread(target=pool.serve, args=(child, line, first))
+            for child, first in zip(children, firsts, strict=True)
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -129,8 +148,7 @@ def _start(stack: ExitStack) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     child = processes.start(
         [sys.executable, "-P", "-c", f"import {_MODULE}; {_MODULE}.main()"],
-        # One thread each: the work is divided by segments already.
-        env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         death_signal=signal.SIGKILL,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from knockwood.history.build import Indexer, keep, runs_of
@@ -37,11 +38,24 @@ def main() -> None:
     for run in runs_of(pieces):
         indexer = Indexer(repository, run)
         indexers += [(indexer, number) for number in range(len(run))]
-    for line in sys.stdin:
-        for position in json.loads(line):
-            indexer, number = indexers[position]
-            made = indexer.index(number, job["sizes"][position])
-            sys.stdout.write(json.dumps([position, keep(repository, made)]) + "\n")
-            sys.stdout.flush()
-        sys.stdout.write("[]\n")
-        sys.stdout.flush()
+    with ThreadPoolExecutor(1) as storing:
+        for line in sys.stdin:
+            stored: tuple[int, Future[str | None]] | None = None
+            for position in json.loads(line):
+                indexer, number = indexers[position]
+                made = indexer.index(number, job["sizes"][position])
+                # Storage makes durable what it takes, which is waiting, while the next one is decoded.
+                _answer(stored)
+                stored = position, storing.submit(keep, repository, made)
+            _answer(stored)
+            _say([])
+
+
+def _answer(stored: tuple[int, Future[str | None]] | None) -> None:
+    if stored is not None:
+        _say([stored[0], stored[1].result()])
+
+
+def _say(answer: list[Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()

@@ -24,6 +24,9 @@ ENCRYPTED_SUFFIX: Final = ".zst.age"
 
 _PIECE: Final = 1 << 20
 
+_BLOCK: Final = 1 << 17
+"""What zstd decodes at once: pieces of this size are a quarter cheaper than larger ones, which are put together."""
+
 
 def suffix(recipients: Sequence[str]) -> str:
     """What is appended to the name of an object stored for these recipients."""
@@ -43,7 +46,7 @@ def encode(
 
 
 def decode(chunks: Iterable[Chunk], *, encrypted: bool, identities: Sequence[str] = ()) -> Iterator[bytes]:
-    """The content of what `encode` wrote, in pieces of at most 1 MiB.
+    """The content of what `encode` wrote, in pieces of at most 128 KiB.
 
     Raises ObjectDamagedError where it was changed or cut short, and WrongKeyError. Both may come
     after pieces were handed out: only the normal end of the iterator says that all is there.
@@ -74,7 +77,7 @@ def _decompress(chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
             data = chunk
             while data or not decompressor.needs_input:
-                piece = decompressor.decompress(data, _PIECE)
+                piece = decompressor.decompress(data, _BLOCK)
                 whole, data = decompressor.eof, b""
                 if whole:
                     data = decompressor.unused_data

@@ -189,7 +189,7 @@ class Repository:
         return Stored(full, stored.bytes, raw.bytes, stored.sha256)
 
     def read(self, name: str) -> Iterator[bytes]:
-        """The content of a stored object (its full name), in pieces of at most 1 MiB.
+        """The content of a stored object (its full name), in pieces of at most 128 KiB.
 
         Raises ObjectMissingError, ObjectDamagedError, WrongKeyError; see codec.decode for when.
         """

@@ -207,3 +207,18 @@ def test_after_a_crash_a_record_begun_is_given_up() -> None:
     assert result.broken is None
     assert [lsn for stretch in result.stretches for lsn in stretch.lsns.tolist()] == writer.lsns
     assert more in writer.lsns
+
+
+@given(st.data())
+def test_what_pages_say_of_their_first_record_saves_time_and_is_not_trusted(data: st.DataObject) -> None:
+    writer = Writer()
+    for _ in range(600):
+        writer.record(data.draw(st.integers(0, 300)) if len(writer.lsns) % 50 == 0 else 60)
+    segment, raw = writer.segments()[0]
+    wrong = raw.copy()
+    page = data.draw(st.integers(1, 7))
+    at = page * PAGE_BYTES + 16
+    wrong[at : at + 4] = np.frombuffer(struct.pack("<I", data.draw(st.integers(0, (1 << 32) - 1))), np.uint8)
+    right, found = read_segment(raw, segment, None), read_segment(wrong, segment, None)
+    assert [one.lsns.tolist() for one in found.stretches] == [one.lsns.tolist() for one in right.stretches]
+    assert found.end == right.end
