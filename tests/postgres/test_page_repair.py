@@ -140,7 +140,12 @@ def test_indexes_maps_and_what_is_refused(new_server: ServerFactory) -> None:
         with load(site):
             mend(site, plan)
         assert site.sql("select count(*) from pg_class where relname like '%_ccnew'") == 0
+        again = site.plan((index, 3))
+        assert (again.steps, again.refused) == ((), ())
         site.settle()
+        assert site.plan((index, 3)).refused == ()
+        (server.data_directory / index).write_bytes(bytes(8192))
+        assert "no relation lies in file" in site.plan((index, 0)).refused[0]
         for fork in ("fsm", "vm"):
             page = site.page(f"{orders}_{fork}", 0)
             assert not bad_pages(page, 0, True)

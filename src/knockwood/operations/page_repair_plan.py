@@ -87,9 +87,9 @@ def plan_pages(
 
     The server is only read, but for a message of a few bytes that makes it flush its WAL, and extensions that
     a database lacks, made in a transaction that is rolled back. What is not safe is in `refused`, with the
-    reason; pages that turn out to be sound need no step. `backup` names the base backup to take good pages
-    from; by default the newest that is older than the damage is known to be, or else the newest whose image
-    holds the change that was lost.
+    reason; pages that turn out to be sound, or whose file is gone, need no step. `backup` names the base backup
+    to take good pages from; by default the newest that is older than the damage is known to be, or else the
+    newest whose image holds the change that was lost.
     Raises PostgresError where the server does not answer.
     """
     items = list(damaged)
@@ -189,7 +189,14 @@ class _Planning:
             groups[chosen[0].id].append(ref)
         node = (parsed.tablespace, parsed.database, parsed.filenode)
         with session(self.subject, database) as tools:
-            target = facts.target_at(tools.connection, database, node)
+            try:
+                target = facts.target_at(tools.connection, database, node)
+            except ObjectMissingError:
+                if not facts.file_is_gone(self.subject, parsed.relation_path):
+                    raise
+                # Dropped, or made anew in another file: the damage went with the old one.
+                self.covered.update(refs)
+                return
             for name, some in groups.items():
                 told = {ref.block: known[ref].lsn for ref in some}
                 beyond = {block: lsn for block, lsn in told.items() if lsn is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from knockwood.errors import KnockwoodError
 from knockwood.integrity.relation_files import parse_path
@@ -16,9 +17,11 @@ from knockwood.recover.plan.situation import Situation
 from knockwood.repository.repository import Repository
 
 _SOUND = (
-    "looked at again, its page on disk, in the server's buffers and in the WAL agree: there is nothing to mend"
-    " page by page"
+    "looked at again, its page on disk, in the server's buffers and in the WAL agree, or its file is gone: there"
+    " is nothing to mend page by page"
 )
+# What these say of a page is no longer so where disk, buffers and WAL agree; others speak of the rows on it.
+_OF_THE_PAGE = ("page_checksums", "lost_writes")
 _NO_PAGE = "it names no page: run page_checksums, lost_writes and amcheck_heap, whose findings do"
 
 
@@ -47,7 +50,7 @@ def page_offers(
         )
     except KnockwoodError as error:
         return [*offers, _refused(named, str(error))], ()
-    return [*offers, *_of_plan(plan, named)], plan.alternatives
+    return [*offers, *offers_of(plan, named)], plan.alternatives
 
 
 def row_offers(
@@ -87,10 +90,10 @@ def _gone_map(finding: Finding) -> bool:
     return finding.check == "segment_files" and parsed is not None and parsed.fork == "vm"
 
 
-def _of_plan(plan: Plan, findings: Iterable[Finding]) -> list[Offer]:
-    """One offer for all that the steps cover; the others are refused with the reasons given."""
+def offers_of(plan: Plan, findings: Iterable[Finding]) -> list[Offer]:
+    """One offer for all that the steps of a page plan cover; the others are refused with the reasons given."""
     healed = {key(finding) for finding in plan.heals}
-    covered = [finding for finding in findings if any(_covers(plan.steps, finding))]
+    covered = [each for each in findings if any(_covers(plan.steps, each, key(each) in healed))]
     offers = []
     if covered:
         offers.append(
@@ -104,14 +107,12 @@ def _of_plan(plan: Plan, findings: Iterable[Finding]) -> list[Offer]:
             )
         )
     for finding in findings:
-        if finding not in covered:
-            told = "; ".join(line for line in plan.refused if _about(line, finding))
-            offers.append(
-                _refused(
-                    [finding],
-                    _SOUND if key(finding) in healed else told or "; ".join(plan.refused) or _SOUND,
-                )
-            )
+        if finding in covered:
+            continue
+        sound = key(finding) in healed
+        told = "; ".join(line for line in plan.refused if _about(line, finding))
+        offer = _refused([finding], _SOUND if sound else told or "; ".join(plan.refused) or _SOUND)
+        offers.append(replace(offer, gone=sound and finding.check in _OF_THE_PAGE))
     return offers
 
 
@@ -120,8 +121,9 @@ def _about(line: str, finding: Finding) -> bool:
     return any(name and name in line for name in (place.relation, place.file, place.index))
 
 
-def _covers(steps: Iterable[Step], finding: Finding) -> list[bool]:
-    """Whether steps write every page, or make the map anew, that the finding names."""
+def _covers(steps: Iterable[Step], finding: Finding, healed: bool) -> list[bool]:
+    """Whether steps write every page, or make the map anew, that the finding names; `healed`: what they do not
+    write of it is sound."""
     place = finding.location
     parsed = parse_path(place.file or "")
     if parsed is None:
@@ -136,8 +138,8 @@ def _covers(steps: Iterable[Step], finding: Finding) -> list[bool]:
     for step in steps:
         if step.arguments.get("path") == path and step.kind in (REPAIR, ROWS):
             blocks.update(step.arguments.get("blocks") or [step.arguments["block"]])
-    pages = pages_of(finding)
-    return [bool(pages) and all(page.block in blocks for page in pages)]
+    wanted = {page.block for page in pages_of(finding)}
+    return [bool(wanted & blocks) and (healed or wanted <= blocks)]
 
 
 def _fork(finding: Finding) -> str:

@@ -110,6 +110,18 @@ def target_at(connection: Connection, database: str, node: Node) -> Target:
     return target_of(connection, database, row[0])
 
 
+def file_is_gone(subject: Subject, path: str) -> bool:
+    """Whether a relation's first file is no more, or waits, emptied, for the next checkpoint to remove it."""
+    folder = subject.data_directory
+    assert folder is not None
+    try:
+        return (folder / path).stat().st_size == 0
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise HostError(f"cannot look at the file: {error.strerror}", where=path) from error
+
+
 def programs_of(subject: Subject) -> Programs:
     return subject.programs or find_programs(subject.facts.major)
 

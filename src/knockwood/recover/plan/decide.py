@@ -98,18 +98,24 @@ def _choose(damages: Sequence[Damage], candidates: Sequence[Offer], ordered: boo
     possible = [offer for offer in candidates if offer.refused is None]
     if ordered:
         return possible
+    gone = _gone(candidates)
     while True:
         chosen = _cover(possible)
         healed = frozenset().union(*(offer.heals for offer in chosen))
         unsound = {
             damage.table
             for damage in damages
-            if damage.kind in OF_TABLES and key(damage.finding) not in healed
+            if damage.kind in OF_TABLES and key(damage.finding) not in healed | gone
         }
         kept = [offer for offer in possible if offer.sound_table not in unsound or offer not in chosen]
         if len(kept) == len(possible):
             return chosen
         possible = kept
+
+
+def _gone(candidates: Iterable[Offer]) -> frozenset[str]:
+    """Findings whose damage is not there any more: somebody mended it since."""
+    return frozenset().union(*(offer.heals for offer in candidates if offer.gone))
 
 
 def _cover(possible: Sequence[Offer]) -> list[Offer]:
@@ -177,6 +183,7 @@ def _why_not(offer: Offer, chosen: Sequence[Offer]) -> str:
 def _refusals(
     damages: Sequence[Damage], healed: frozenset[str], candidates: Sequence[Offer], situation: Situation
 ) -> Iterable[str]:
+    gone = _gone(candidates)
     for damage in damages:
         name = key(damage.finding)
         if name in healed:
@@ -185,7 +192,8 @@ def _refusals(
         if not reasons and any(name in offer.heals for offer in candidates):
             reasons = ["its table holds damage that is not mended: rebuilt on it, nothing could be trusted"]
         place = f" ({damage.finding.location})" if str(damage.finding.location) else ""
-        if not reasons or (damage.kind in OF_TABLES and situation.server_up and situation.superuser):
+        lasting = name not in gone and situation.server_up and situation.superuser
+        if not reasons or (damage.kind in OF_TABLES and lasting):
             reasons.append(_nothing_mends(damage, situation))
         why = "; ".join(dict.fromkeys(reasons))
         yield f"{damage.finding.check}: {damage.finding.summary}{place}: {why}"

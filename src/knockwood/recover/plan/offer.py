@@ -45,7 +45,8 @@ def key(finding: Finding) -> str:
 class Offer:
     """One repair. `heals` holds the keys of the findings it mends; `refused` why it cannot be done after all.
 
-    `sound_table` names a (database, table) that must hold no unhealed damage when the repair runs.
+    `sound_table` names a (database, table) that must hold no unhealed damage when the repair runs. `gone`: it is
+    refused because the damage is not there any more, so that it hinders no other repair.
     """
 
     rank: Rank
@@ -56,6 +57,7 @@ class Offer:
     expected_loss: ExpectedLoss = field(default_factory=ExpectedLoss)
     sound_table: tuple[str | None, str | None] | None = None
     refused: str | None = None
+    gone: bool = False
 
     @property
     def seconds(self) -> float | None:

@@ -118,6 +118,17 @@ def test_no_index_is_built_from_a_table_that_stays_damaged() -> None:
     assert kinds(page("public.other"), index()) == ["rebuild-index"]
 
 
+def test_an_index_is_built_where_the_damage_of_its_table_is_gone() -> None:
+    """As after a repair that was killed between the two, and then planned anew from the same findings."""
+    mended = replace(offer(page()), steps=(), refused="there is nothing to mend", gone=True)
+    plan = decide([page(), index()], READY, (mended,))
+    assert [step.kind for step in plan.steps] == ["rebuild-index"]
+    assert plan.heals == (index(),)
+    [told] = plan.refused
+    assert told.endswith("there is nothing to mend")
+    assert not kinds(page(), index(), offers=(replace(mended, gone=False),))
+
+
 def test_an_index_that_knows_more_than_its_table_waits_for_lost_writes() -> None:
     found = index(check="index_against_heap")
     assert kinds(found) == ["rebuild-index"]
