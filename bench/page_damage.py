@@ -39,7 +39,7 @@ from knockwood.recover.pages_facts import target_named
 from knockwood.recover.plan.pages import PAGE_BYTES
 from knockwood.repository.targets import Latest, resolve
 from machine import describe
-from sandbox import OUT
+from sandbox import OUT, end_cleanly
 from tables import markdown
 
 TABLE = OUT / "pages.md"
@@ -88,6 +88,8 @@ TITLES = {
     "unlogged": "one bit flipped in an unlogged table",
 }
 ROUND = 5
+BACKUP_EVERY = 4
+"""Rounds; a repair says itself that a new full backup is due, as no WAL has its pages."""
 _PLANS = 4
 IN_BUFFERS = "cannot drop it"
 """What a refusal says before PostgreSQL 17, where a zero or old page has been read: then it is right to refuse."""
@@ -372,6 +374,7 @@ def main() -> int:
     parser.add_argument("--postgres", type=int, default=18, choices=(15, 17, 18))
     parser.add_argument("--seed", type=int, default=1)
     words = parser.parse_args()
+    end_cleanly()
     tally = Tally(words.postgres)
     settings = {"autovacuum": "on", "wal_level": "replica"}
     PIECES.mkdir(parents=True, exist_ok=True)
@@ -385,6 +388,8 @@ def main() -> int:
             before = len(tally.wrong)
             kinds = [KINDS[(number * ROUND + turn) % len(KINDS)] for turn in range(ROUND)]
             play(site, number, kinds, tally)
+            if len(tally.seconds) % BACKUP_EVERY == 0:
+                take(site.cluster, site.repository)
             print(
                 f"{tally.cases} cases, {len(tally.wrong)} wrong, round {tally.seconds[-1]:.1f} s", flush=True
             )

@@ -292,6 +292,9 @@ def _fill(mover: Mover, made: Made) -> None:
     for number in (1, 2):
         row = _full(mover, made)
         key = [] if made.make in ("identity", "default") else [f"{-number}"]
+        if key:
+            # A key change may have brought a row there.
+            mover.run(f"delete from {made.name} where id = {-number}")
         columns = ", ".join((["id"] if key else []) + list(row))
         values = ", ".join(key + _casts(made, list(row)))
         mover.run(f"insert into {made.name} ({columns}) values ({values})", list(row.values()))
