@@ -14,7 +14,7 @@ from knockwood.history.store import Head
 from knockwood.history.summary import SegmentSummary, summarize
 from knockwood.model.wal import WalSegment
 from knockwood.repository.archive import WalArchive
-from knockwood.repository.inventory import Partial, segment_object
+from knockwood.repository.inventory import Partial
 from knockwood.repository.repository import Repository
 from knockwood.repository.walk import Piece
 
@@ -126,15 +126,10 @@ class Indexer:
 
 def _replaced(repository: Repository, segment: WalSegment, piece: Piece) -> Bytes:
     """A receiver replaced a partial segment by a longer one, or the whole: the same bytes are there."""
-    archive = WalArchive(repository)
-    source = archive.inventory().source(segment)
-    if source is None or piece.end is None:
+    partial = Partial.parse(piece.object, segment.bytes)
+    if partial is None:
         raise ObjectMissingError("not in the archive", where=piece.object)
-    base = source.name if isinstance(source, Partial) else segment_object(segment)
-    name = repository.find(base)
-    if name is None:
-        raise ObjectMissingError("not in the archive", where=base)
-    data = bytearray(b"".join(repository.read(name)))[: piece.end - segment.start]
+    data = bytearray(b"".join(WalArchive(repository).read_partial(partial)))
     data += bytes(segment.bytes - len(data))
     return np.frombuffer(data, np.uint8)
 

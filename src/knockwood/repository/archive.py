@@ -32,6 +32,9 @@ from knockwood.repository.repository import Repository
 from knockwood.repository.storage import ObjectInfo
 from knockwood.repository.walfile import check_header
 
+_REPLACEMENTS = 10
+"""How often a partial segment may be replaced while it is being opened; a receiver stores one a second."""
+
 
 @dataclass(frozen=True)
 class WalArchive:
@@ -216,10 +219,28 @@ class WalArchive:
         wanted = Partial.parse(name, self.segment_bytes)
         if wanted is None:
             raise ObjectMissingError("not the name of a partial segment", where=name)
-        stored = self.repository.find(wanted.name) or self._longer(wanted)
-        chunks = _first(self.repository.read(stored), wanted.end - wanted.segment.start, stored)
-        padding = wanted.segment.end - wanted.end
-        self._write(wanted.segment, into, _padded(chunks, padding), stored, durable)
+        chunks = _padded(self.read_partial(wanted), wanted.segment.end - wanted.end)
+        self._write(wanted.segment, into, chunks, wanted.name, durable)
+
+    def read_partial(self, wanted: Partial) -> Iterator[bytes]:
+        """The bytes of a partial segment; where it was replaced since it was listed, out of what replaced it.
+
+        Raises ObjectMissingError, ObjectDamagedError, WrongKeyError.
+        """
+        replaced: ObjectMissingError | None = None
+        for _ in range(_REPLACEMENTS):
+            stored = self.repository.find(wanted.name) or self._longer(wanted)
+            chunks = _first(self.repository.read(stored), wanted.end - wanted.segment.start, stored)
+            try:
+                first = next(chunks, b"")
+            except ObjectMissingError as error:
+                replaced = error  # a receiver was quicker: between the look and the read
+                continue
+            yield first
+            yield from chunks
+            return
+        assert replaced is not None
+        raise replaced
 
     def _longer(self, wanted: Partial) -> str:
         source = self.inventory().source(wanted.segment)

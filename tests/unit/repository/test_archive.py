@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyrage
@@ -23,6 +25,7 @@ from knockwood.repository.archive import WalArchive
 from knockwood.repository.inventory import Partial, partial_object, segment_object
 from knockwood.repository.repository import Repository
 from knockwood.repository.storage import open_storage
+from knockwood.repository.storage.local import LocalStorage
 from knockwood.repository.walfile import content_end, rounded_down, rounded_up, valid_end
 
 MB = 1 << 20
@@ -133,6 +136,34 @@ def test_partials_are_replaced_only_by_more(archive: WalArchive, tmp_path: Path)
     archive.fetch_partial(partial_object(FIRST, ends[2]), tmp_path / "out")
     kept = 3 * PAGE + 100
     assert (tmp_path / "out").read_bytes() == whole.read_bytes()[:kept] + bytes(MB - kept)
+
+
+class ReplacedMeanwhile(LocalStorage):
+    """A receiver replaces each partial just when somebody is about to read it, while there are `longer` ones."""
+
+    longer: list[Callable[[], object]]
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        if name.startswith("wal/partial/") and self.longer:
+            self.longer.pop(0)()
+        yield from super().read(name, start, end)
+
+
+def test_a_partial_that_is_replaced_while_it_is_opened_is_read(archive: WalArchive, tmp_path: Path) -> None:
+    path = wal_file(tmp_path, filled=3 * PAGE)
+    ends = [FIRST.start + size for size in (PAGE, 2 * PAGE, 3 * PAGE)]
+
+    def store(end: Lsn) -> None:
+        archive.put_partial(FIRST, path, end)
+        archive.drop_partials(FIRST, below=end)
+
+    store(ends[0])
+    storage = ReplacedMeanwhile(tmp_path / "repository")
+    storage.longer = [partial(store, end) for end in ends[1:]]
+    moving = WalArchive(replace(archive.repository, storage=storage))
+    moving.fetch_partial(partial_object(FIRST, ends[0]), tmp_path / "out")
+    assert storage.longer == []
+    assert (tmp_path / "out").read_bytes() == path.read_bytes()[:PAGE] + bytes(MB - PAGE)
 
 
 def test_a_partial_beyond_its_segment_is_refused(archive: WalArchive, tmp_path: Path) -> None:
