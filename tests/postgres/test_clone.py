@@ -140,12 +140,14 @@ def test_wal_that_would_write_over_a_live_tablespace_is_refused(
         made.backup()
         made.execute(f"create tablespace space location '{place}'")
         made.insert(1)
+        assert any(piece.makes_tablespace for piece in made.plan("latest").wal)
         with pytest.raises(RefusedError, match="created after the backup"):
             spawn(made.repository, made.plan("latest"), purpose="test", registry=made.registry)
         assert made.registry.records() == []
         assert {path.name for path in made.registry.folder.iterdir()} <= {"sweep.lock"}
         made.backup()
         made.insert(2)
+        assert all(piece.makes_tablespace is False for piece in made.plan("latest").wal)
         with spawn(made.repository, made.plan("latest"), purpose="test", registry=made.registry) as clone:
             assert rows(clone.dsn()) == [1, 2]
 

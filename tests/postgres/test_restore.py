@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fix_clones import Protected, one, protected, rows
+from knockwood.clone.spool import Spool
 from knockwood.errors import (
     DirectoryNotEmptyError,
     LockHeldError,
@@ -23,7 +24,9 @@ from knockwood.operations.restore import SPOOL, restore
 from knockwood.postgres.connection import connect
 from knockwood.postgres.server import LocalServer
 from knockwood.repository.archive import WalArchive
-from knockwood.repository.targets import BeforeXid, Latest, ToLsn
+from knockwood.repository.repository import Repository
+from knockwood.repository.targets import BeforeXid, Latest, ToLsn, resolve
+from knockwood.repository.walk import Kept
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -187,6 +190,39 @@ def test_what_cannot_be_restored_leaves_nothing(new_server: ServerFactory, share
         assert not into.exists()
 
 
+@pytest.mark.parametrize("room", [1 << 30, 3 << 20, 0])
+def test_wal_that_was_read_to_find_the_target_is_not_fetched_again(
+    new_server: ServerFactory, shared_folder: Path, room: int
+) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.backup()
+        for number in range(3):
+            made.execute(f"insert into t select g from generate_series({number}00000, {number}09999) g")
+        made.flush()
+        repository = Repository.open(made.repository.storage)
+        folder = made.folder / "kept"
+        folder.mkdir()
+        kept = Kept(folder, room)
+        plan = resolve(repository, Latest(), keep=kept)
+        assert plan.wal[-1].partial_name is not None
+        assert sum(path.stat().st_size for path in folder.iterdir()) == len(kept.sources) << 20 <= room
+        spool, other = (Spool(made.folder / name, server.account) for name in ("spool", "other"))
+        for one_of_them in (spool, other):
+            one_of_them.folder.mkdir()
+        spool.adopt(kept, plan.wal)
+        assert not folder.exists()
+        missing = {piece.segment.name for piece in spool.missing(plan.wal)}
+        assert missing == {piece.segment.name for piece in plan.wal} - kept.sources.keys()
+        assert not missing or room < 1 << 30
+        spool.fetch(WalArchive(repository), plan.wal)
+        other.fetch(WalArchive(repository), plan.wal)
+        for path in other.folder.iterdir():
+            assert (spool.folder / path.name).read_bytes() == path.read_bytes()
+            assert (spool.folder / path.name).stat().st_uid == path.stat().st_uid
+            assert (spool.folder / path.name).stat().st_mode == path.stat().st_mode
+
+
 def test_a_half_done_restore_says_what_it_is_and_again_starts_over(
     new_server: ServerFactory, shared_folder: Path
 ) -> None:
@@ -196,9 +232,7 @@ def test_a_half_done_restore_says_what_it_is_and_again_starts_over(
         made.insert(1)
         made.flush()
         into = made.folder / "restored"
-        work = half_done.begin(
-            into, "latest", account=server.account, tablespaces=None, sockets=made.folder / "kw-x"
-        )
+        work = half_done.begin(into, "latest", account=server.account, sockets=made.folder / "kw-x")
         marker = work / "restore.json"
         with pytest.raises(LockHeldError, match="is at work here"):
             restore(made.repository, Latest(), into)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from knockwood.errors import ProgramFailedError
+from knockwood.host import privileges
 from knockwood.model import Lsn, Timeline
 from knockwood.postgres.connection import connect
-from knockwood.postgres.waldump import WalStop, commit_of, first_record, walk
+from knockwood.postgres.waldump import WalStop, commit_of, first_record, tells_tablespaces, walk
 from knockwood.postgres.walreader import record_end
 from knockwood.postgres.walrefs import block_references, relation_events
 
@@ -129,3 +130,34 @@ def test_a_records_end_counts_the_page_headers_in_between() -> None:
     assert record_end(Lsn(SIZE + 40), 34, SIZE) == Lsn(SIZE + 80)
     assert record_end(Lsn(SIZE + 8192 - 32), 34, SIZE) == Lsn(SIZE + 8192 + 32)
     assert record_end(Lsn(2 * SIZE - 32), 34, SIZE) == Lsn(2 * SIZE + 48)
+
+
+def test_a_walk_tells_of_tablespaces_at_a_path(
+    new_server: ServerFactory, every_version: int, shared_folder: Path
+) -> None:
+    server = new_server(every_version, segment_megabytes=1)
+    place = server.data_directory.parent / "space"
+    place.mkdir()
+    privileges.give(place, server.account)
+    with connect(server.dsn()) as connection:
+        connection.execute("create table t (a int)")
+        start = _lsn(server)
+        if every_version >= 15:
+            connection.execute("set allow_in_place_tablespaces = on")
+            connection.execute("create tablespace inside location ''")
+        before = _lsn(server)
+        connection.execute(f"create tablespace space location '{place}'")
+        connection.execute("drop tablespace space")
+        end = _lsn(server)
+        connection.execute("select pg_switch_wal()")
+    told: list[Lsn] = []
+    tells = tells_tablespaces(server.programs)
+    done = walk(
+        server.programs, server.data_directory / "pg_wal", ONE, start, end, SIZE,
+        on_tablespace=told.append if tells else None,
+    )  # fmt: skip
+    assert done.sound
+    assert len(done.commits) == (3 if every_version >= 15 else 2)
+    assert tells == (every_version >= 15)
+    assert len(told) == tells
+    assert all(before <= lsn < end for lsn in told)

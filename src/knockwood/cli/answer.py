@@ -6,10 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING, Any
 
 from knockwood.errors import (
     EXIT_BROKEN,
@@ -20,6 +17,10 @@ from knockwood.errors import (
     SettingsError,
 )
 from knockwood.model import Verdict
+
+# rich is imported where something is shown: with --json nothing is.
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SCHEMA = "knockwood/1"
 
@@ -56,6 +57,8 @@ def print_answer(answer: Answer, *, as_json: bool) -> int:
         json.dump(answer.as_json(), sys.stdout, indent=2, default=str)
         sys.stdout.write("\n")
     else:
+        from rich.console import Console
+
         answer.show(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
     sys.stdout.flush()
     return answer.exit_status
@@ -78,6 +81,8 @@ def print_error(error: KnockwoodError, *, as_json: bool) -> int:
         json.dump({"schema": SCHEMA, "verdict": str(verdict), "error": values}, sys.stdout, indent=2)
         sys.stdout.write("\n")
         return error.exit_status
+    from rich.console import Console
+
     console = Console(stderr=True, highlight=False)
     console.print(f"[bold red]error[/] [dim]{error.code}[/] {escape(str(error))}", soft_wrap=True)
     for problem in problems:
@@ -87,6 +92,13 @@ def print_error(error: KnockwoodError, *, as_json: bool) -> int:
     if error.retry_safe:
         console.print("[dim]a retry is safe[/]")
     return error.exit_status
+
+
+def escape(text: str) -> str:
+    """The text with nothing in it that rich would take for markup."""
+    from rich.markup import escape
+
+    return escape(text)
 
 
 def coloured(verdict: Verdict, text: str | None = None) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
-from rich.status import Status
+# rich is imported where there is a terminal: most commands run without one.
+if TYPE_CHECKING:
+    from rich.console import Console
 
-from knockwood.integrity.run import CheckProgress
+    from knockwood.integrity.run import CheckProgress
 
 
 class ByteProgress(Protocol):
@@ -27,10 +27,12 @@ class ByteProgress(Protocol):
 @contextmanager
 def byte_progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[ByteProgress], None]]:
     """A bar of bytes."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    console = _terminal(quiet)
+    if console is None:
         yield lambda _: None
         return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -50,10 +52,12 @@ def byte_progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[Byte
 @contextmanager
 def check_progress(*, quiet: bool = False) -> Iterator[Callable[[CheckProgress], None]]:
     """One line per check that ended, and the one at work."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    console = _terminal(quiet)
+    if console is None:
         yield lambda _: None
         return
+    from rich.status import Status
+
     with Status("checking", console=console) as status:
 
         def update(step: CheckProgress) -> None:
@@ -66,10 +70,12 @@ def check_progress(*, quiet: bool = False) -> Iterator[Callable[[CheckProgress],
 @contextmanager
 def spinner(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A line that says what is being done now."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    console = _terminal(quiet)
+    if console is None:
         yield lambda _: None
         return
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as bar:
         task = bar.add_task(title)
 
@@ -77,3 +83,12 @@ def spinner(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None
             bar.update(task, description=f"{title}: {text}")
 
         yield update
+
+
+def _terminal(quiet: bool) -> Console | None:
+    if quiet:
+        return None
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console if console.is_terminal else None

@@ -51,8 +51,11 @@ class Goal:
         return f"{side} the record at {self.lsn} on timeline {self.timeline}"
 
 
-def restore_command(spool: Path, timeline: Timeline) -> str:
+def restore_command(spool: Path, timeline: Timeline, *, linked: bool = False) -> str:
     """A shell line that copies WAL from the spool, and no more: no interpreter starts for each segment.
+
+    With `linked` a segment is the very file of the spool where both lie on one file system: what is
+    written into it once the server is promoted is written into the spool too.
 
     Promotion begins by asking for the history of the timeline after `timeline`. Until the file
     `promote` lies in the spool that question ends the server instead, with nothing changed on disk:
@@ -61,16 +64,17 @@ def restore_command(spool: Path, timeline: Timeline) -> str:
     """
     folder = shlex.quote(str(spool)).replace("%", "%%")
     asked = f"{timeline + 1:08X}.history"
+    link = f"ln {folder}/%f %p 2>/dev/null || " if linked else ""
     return (
         f"if test %f = {asked} && ! test -f {folder}/promote; then exit {GUARD_STATUS}; fi; "
-        f"test -f {folder}/%f || exit 1; cp {folder}/%f %p || exit {COPY_FAILED_STATUS}"
+        f"test -f {folder}/%f || exit 1; {link}cp {folder}/%f %p || exit {COPY_FAILED_STATUS}"
     )
 
 
-def recovery_settings(goal: Goal, spool: Path) -> dict[str, str]:
-    """What leads recovery to the goal and pauses it there."""
+def recovery_settings(goal: Goal, spool: Path, *, linked: bool = False) -> dict[str, str]:
+    """What leads recovery to the goal and pauses it there; `linked` as for `restore_command`."""
     settings = {
-        "restore_command": restore_command(spool, goal.timeline),
+        "restore_command": restore_command(spool, goal.timeline, linked=linked),
         "recovery_target_timeline": str(goal.timeline),
         "recovery_target_action": "pause",
         "hot_standby": "on",

@@ -45,7 +45,8 @@ class Recovery:
     """A fetched data directory and its spool, on the way to a goal.
 
     `settings` are the server's whole configuration but for the goal's. `stall` is how many seconds
-    replay may stay on one segment, logging nothing, before it counts as hung.
+    replay may stay on one segment, logging nothing, before it counts as hung. `linked`: the spool is
+    needed no more after a promotion, so its files need not be copied (see `goal.restore_command`).
     """
 
     workspace: Workspace
@@ -54,6 +55,7 @@ class Recovery:
     socket_directory: Path
     user: str = SUPERUSER
     stall: float = 1800
+    linked: bool = False
     _log_offset: int = field(default=0, repr=False)
 
     def dsn(self, database: str) -> str:
@@ -101,7 +103,8 @@ class Recovery:
 
     def _attempt(self, goal: Goal, promote: bool, watch: Watch | None) -> Lsn:
         workspace = self.workspace
-        workspace.configure(self.settings | goals.recovery_settings(goal, workspace.spool))
+        leading = goals.recovery_settings(goal, workspace.spool, linked=self.linked)
+        workspace.configure(self.settings | leading)
         self._log_offset = workspace.log.stat().st_size if workspace.log.exists() else 0
         # The socket's folder has a name that is known before it exists: who finds us dead removes it.
         with files.translated(self.socket_directory):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ from knockwood.repository.backups.partial import Part
 from knockwood.repository.repository import Repository
 
 if TYPE_CHECKING:
+    from knockwood.repository.plans import WalPiece
     from knockwood.repository.targets import RestorePlan
 
 Report = Callable[[Progress], None]
@@ -118,23 +119,28 @@ class Clone:
         files.require_space(self.workspace.root, needed + min(needed, _REPLAY_WAL) + _MARGIN, "the WAL")
         self.spool.fetch_histories(archive, plan.histories)
         self.spool.fetch(archive, plan.wal, workers=workers, progress=progress)
-        end = plan.target_lsn or plan.backup.stop_lsn
-        # A goal is a record's start, so going on from the last one skips none.
-        begin = min([self.harmless_to, *(piece.segment.start for piece in missing)])
-        refuse_new_tablespaces(
-            self.programs,
-            self.spool.folder,
-            (piece.segment for piece in plan.wal),
-            max(plan.backup.start_lsn, begin),
-            end,
-        )
-        self.harmless_to = max(self.harmless_to, end)
+        self._refuse_tablespaces(plan, missing)
         if self.lock_filter is not None:
             start = plan.backup.start_lsn
             if self.lock_filter.reached is not None:
                 start = min([self.lock_filter.reached, *(piece.segment.start for piece in missing)])
             self.lock_filter.apply([piece.segment for piece in plan.wal], start, None)
         self.timings.wal = clock.monotonic() - began
+
+    def _refuse_tablespaces(self, plan: RestorePlan, missing: Iterable[WalPiece]) -> None:
+        end = plan.target_lsn or plan.backup.stop_lsn
+        # Whoever read the WAL to find the target has seen most often that there is none.
+        if not all(piece.makes_tablespace is False for piece in plan.wal):
+            # A goal is a record's start, so going on from the last one skips none.
+            begin = min([self.harmless_to, *(piece.segment.start for piece in missing)])
+            refuse_new_tablespaces(
+                self.programs,
+                self.spool.folder,
+                (piece.segment for piece in plan.wal),
+                max(plan.backup.start_lsn, begin),
+                end,
+            )
+        self.harmless_to = max(self.harmless_to, end)
 
     def replay(self, progress: Report | None = None) -> Lsn:
         """Run recovery to the plan's goal; the position reached, asserted."""
@@ -213,15 +219,17 @@ def make(
     return Clone(repository, plan, workspace, recovery, Spool(workspace.spool, workspace.account), unreadable)
 
 
-def require_room(root: Path, plan: RestorePlan) -> None:
+def require_room(root: Path, plan: RestorePlan, there: int = 0) -> None:
     """Raise NoSpaceError unless the backup, its WAL and some room to work fit where `root` is or will be.
 
-    An incremental chain is unpacked before it is combined, so it needs the full backup's size once more.
+    `there`: bytes that lie there already, and are used or go before more comes. An incremental chain is
+    unpacked before it is combined, so it needs the full backup's size once more.
     """
     chain = plan.chain
     backup = sum(link.raw_bytes for link in chain) + (chain[0].raw_bytes if len(chain) > 1 else 0)
     wal = sum(piece.segment.bytes for piece in plan.wal)
-    files.require_space(root, backup + wal + min(wal, _REPLAY_WAL) + _MARGIN, "the restored cluster")
+    needed = backup + wal + min(wal, _REPLAY_WAL) + _MARGIN
+    files.require_space(root, max(0, needed - there), "the restored cluster")
 
 
 def fetch(

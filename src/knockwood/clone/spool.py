@@ -20,6 +20,7 @@ from knockwood.repository.backups.model import Progress
 
 if TYPE_CHECKING:
     from knockwood.repository.targets import WalPiece
+    from knockwood.repository.walk import Kept
 
 Report = Callable[[Progress], None]
 
@@ -75,6 +76,19 @@ class Spool:
             archive.fetch_partial(piece.partial_name, path, durable=False)
         privileges.give(path, self.account)
         self.sources[piece.segment.name] = piece.partial_name or ""
+
+    def adopt(self, kept: Kept, pieces: Iterable[WalPiece]) -> None:
+        """Take over what the plan needs of WAL that was read already, on the same disk; the rest goes."""
+        wanted = {piece.segment.name: piece.partial_name or "" for piece in pieces}
+        with files.translated(kept.folder):
+            for name, source in kept.sources.items():
+                path = kept.folder / name
+                if wanted.get(name) == source:
+                    path.chmod(0o600)
+                    privileges.give(path, self.account)
+                    path.replace(self.folder / name)
+                    self.sources[name] = source
+        files.remove_tree(kept.folder)
 
     def fetch_histories(self, archive: WalArchive, timelines: Iterable[Timeline]) -> None:
         """Fetch timeline histories; the first timeline has none."""

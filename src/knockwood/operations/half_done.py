@@ -65,15 +65,7 @@ class HalfDone:
             return cls("unknown", moment, ProcessIdentity(-1, 0.0))
 
 
-def begin(
-    into: Path,
-    target: str,
-    *,
-    account: Account | None,
-    tablespaces: Path | None,
-    sockets: Path,
-    again: bool = False,
-) -> Path:
+def begin(into: Path, target: str, *, account: Account | None, sockets: Path, again: bool = False) -> Path:
     """Claim `into` for a restore; the work folder in it, which holds nothing but its marker.
 
     Raises DirectoryNotEmptyError (saying what lies there), LockHeldError while another restore works
@@ -84,12 +76,6 @@ def begin(
     with files.translated(into):
         if into.exists():
             _make_way(into, again)
-        if tablespaces is not None and tablespaces.exists() and any(tablespaces.iterdir()):
-            raise DirectoryNotEmptyError(
-                "the folder for tablespaces is not empty",
-                where=str(tablespaces),
-                hint="name one that does not exist yet with --tablespaces",
-            )
         files.make_folder(into, 0o711)
         try:
             work.mkdir(0o711)
@@ -97,8 +83,22 @@ def begin(
             raise LockHeldError("another restore has just begun here", where=str(into)) from None
         privileges.give(into, account)
         into.chmod(0o700)
-        _write(into, HalfDone(target, clock.now(), ProcessIdentity.own(), tablespaces, sockets))
+        _write(into, HalfDone(target, clock.now(), ProcessIdentity.own(), None, sockets))
     return work
+
+
+def claim_tablespaces(into: Path, folder: Path) -> None:
+    """Note the folder that the restore's tablespaces go to; DirectoryNotEmptyError if something is there."""
+    with files.translated(folder):
+        if folder.exists() and any(folder.iterdir()):
+            raise DirectoryNotEmptyError(
+                "the folder for tablespaces is not empty",
+                where=str(folder),
+                hint="name one that does not exist yet with --tablespaces",
+            )
+    state = HalfDone.read(into)
+    assert state is not None
+    _write(into, replace(state, tablespaces=folder))
 
 
 def finish(into: Path, data: Path) -> None:

@@ -26,6 +26,7 @@ from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.model import Progress
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import RestorePlan, Target, resolve
+from knockwood.repository.walk import Kept
 
 SPOOL = "knockwood_wal"
 _ARCHIVING_OFF = """
@@ -80,32 +81,33 @@ def restore(
 
     With `promote` it ends shut down, on a timeline of its own; without, it waits at the target when it
     is started. Tablespaces go to `tablespaces` (by default `INTO-tablespaces`). `again` first removes what
-    a killed restore left in `into`. Raises TargetUnreachableError, NoSpaceError, DirectoryNotEmptyError,
-    RefusedError before anything is written, RecoveryFailedError with everything removed again.
+    a killed restore left in `into`. Raises DirectoryNotEmptyError before anything is written, and
+    TargetUnreachableError, NoSpaceError, RefusedError, RecoveryFailedError with everything removed again.
     """
     began = clock.monotonic()
     into = into.absolute()
     account = account or privileges.server_account()
-    plan = resolve(
-        repository,
-        target,
-        backup=backup,
-        timeline=timeline,
-        accept_loss=accept_loss,
-        programs_for=programs_for,
-    )
-    place = (tablespaces or into.with_name(f"{into.name}-tablespaces")) if plan.backup.tablespaces else None
     existed = into.exists()
     sockets = Path(tempfile.gettempdir()) / f"kw-{secrets.token_hex(4)}"
-    work = half_done.begin(
-        into, str(target), account=account, tablespaces=place, sockets=sockets, again=again
-    )
+    work = half_done.begin(into, str(target), account=account, sockets=sockets, again=again)
     try:
-        require_room(into, plan)
+        kept = _room_for_wal(work)
+        plan = resolve(
+            repository,
+            target,
+            backup=backup,
+            timeline=timeline,
+            accept_loss=accept_loss,
+            programs_for=programs_for,
+            keep=kept,
+        )
+        place = _claim_tablespaces(into, tablespaces, plan)
+        require_room(into, plan, there=len(kept.sources) * repository.header.segment_bytes)
         workspace = Workspace(work / "cluster", account)
         workspace.create()
         programs = programs_for(plan.backup.major)
         clone = make(repository, plan, workspace, programs, sockets, "promote" if promote else "fail")
+        clone.spool.adopt(kept, plan.wal)
         try:
             outcome = _bring_up(clone, into, place, promote, progress, workers)
         finally:
@@ -115,6 +117,22 @@ def restore(
         half_done.abandon(into, existed=existed)
         raise
     return replace(outcome, seconds=clock.monotonic() - began)
+
+
+def _room_for_wal(work: Path) -> Kept:
+    """Where WAL stays that is read to find the target: it need not be fetched and unpacked twice."""
+    folder = work / "wal"
+    with files.translated(folder):
+        folder.mkdir(mode=0o700)
+    return Kept(folder, files.free_bytes(folder) // 4)
+
+
+def _claim_tablespaces(into: Path, wanted: Path | None, plan: RestorePlan) -> Path | None:
+    if not plan.backup.tablespaces:
+        return None
+    place = wanted or into.with_name(f"{into.name}-tablespaces")
+    half_done.claim_tablespaces(into, place)
+    return place
 
 
 def _bring_up(
@@ -136,6 +154,8 @@ def _bring_up(
         "checkpoint_timeout": "30min",
         "shared_buffers": f"{_buffer_megabytes()}MB",
     }
+    # One that waits at its target replays again when it is started; one that is promoted never does.
+    clone.recovery.linked = promote
     _reserve_timelines(clone)
     reached = clone.replay(progress)
     warnings = _subscriptions(clone)

@@ -26,6 +26,11 @@ _COMMIT = re.compile(
     re.MULTILINE,
 )
 _COMMIT_WITH_CHILDREN = re.compile(_COMMIT.pattern + rb"[^\n]*?; subxacts:((?: \d+)+)", re.MULTILINE)
+# One that lies in the data directory itself has no path, and its record an empty one.
+_TABLESPACE = re.compile(
+    rb"^rmgr: Tablespace +[^\n]*?, lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+, desc: CREATE \d+ \"[^\"\n]",
+    re.MULTILINE,
+)
 _ERROR_AT = re.compile(r"error in WAL record at ([0-9A-F]+/[0-9A-F]+): (.*)")
 
 
@@ -70,6 +75,11 @@ class WalWalk:
         return self.stop in (WalStop.COMPLETE, WalStop.ZEROES)
 
 
+def tells_tablespaces(programs: Programs) -> bool:
+    """Whether `walk` can tell of tablespaces: before version 15 pg_waldump picks one kind of record only."""
+    return programs.major >= 15
+
+
 def parse_time(text: bytes) -> datetime:
     """A commit time as pg_waldump prints it under TZ=UTC."""
     return datetime.fromisoformat(text.decode()).replace(tzinfo=UTC)
@@ -84,13 +94,15 @@ def walk(
     segment_bytes: int = DEFAULT_SEGMENT_BYTES,
     *,
     on_commits: Callable[[list[RawCommit]], None] | None = None,
+    on_tablespace: Callable[[Lsn], None] | None = None,
     exact_end: bool = False,
     account: Account | None = None,
 ) -> WalWalk:
     """Check every record from `start` up to `end` (default: as far as segment files follow each other).
 
     `start` is a record's start or any position before one. The commits are returned, or, where
-    `on_commits` is given, handed over in batches and not kept. With `exact_end` also a walk that ends
+    `on_commits` is given, handed over in batches and not kept. `on_tablespace` hears of each record that
+    makes a tablespace at a path; only where `tells_tablespaces`. With `exact_end` also a walk that ends
     well tells the end of its last whole record, at the price of reading the last stretch again.
     """
     kept: list[Commit] = []
@@ -100,9 +112,10 @@ def walk(
     if wanted <= start:
         name = WalSegment.containing(timeline, start, segment_bytes).name
         return WalWalk((), start, WalStop.MISSING, f"segment {name} is missing")
-    last = _LastCommit(sink, start)
+    last = _LastCommit(sink, start, on_tablespace)
     reader = Reader(programs, folder, timeline, segment_bytes, account)
-    error = reader.stream(["--rmgr=Transaction"], start, wanted, last.take)
+    managers = ["--rmgr=Transaction", *(["--rmgr=Tablespace"] if on_tablespace else [])]
+    error = reader.stream(managers, start, wanted, last.take)
     if error is not None:
         return stopped(reader, error, last.lsn, start, tuple(kept))
     reached = wanted
@@ -131,11 +144,20 @@ def stopped(reader: Reader, error: str, known: Lsn, start: Lsn, commits: tuple[C
 class _LastCommit:
     """Takes blocks of output, hands the commits on, and remembers where the last one starts."""
 
-    def __init__(self, sink: Callable[[list[RawCommit]], None], start: Lsn) -> None:
+    def __init__(
+        self,
+        sink: Callable[[list[RawCommit]], None],
+        start: Lsn,
+        on_tablespace: Callable[[Lsn], None] | None = None,
+    ) -> None:
         self._sink = sink
+        self._on_tablespace = on_tablespace
         self.lsn = start
 
     def take(self, block: bytes) -> None:
+        if self._on_tablespace is not None and b"rmgr: Tablespace" in block:
+            for lsn in _TABLESPACE.findall(block):
+                self._on_tablespace(Lsn(parse_lsn(lsn)))
         lines: list[RawCommit] = _COMMIT.findall(block)
         if lines:
             self.lsn = Lsn(raw_lsn(lines[-1]))

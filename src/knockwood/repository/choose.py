@@ -235,13 +235,21 @@ class _Chooser:
         until = end.backup.stop_lsn if stop_at is None else stop_at.lsn + self._route.segment_bytes
         until = max(min(until, end.reach.end), end.backup.stop_lsn)
         pieces = self._route.pieces(end.backup.start_lsn, until)
+        known = self._lookup.read(self._route, end.backup.start_lsn, until).segments
         histories = [step[0] for step in self._route.path if step[0] in self._route.inventory.histories]
         return RestorePlan(
             chain=links,
             timeline=self._route.timeline,
             target_lsn=stop_at.lsn if stop_at is not None else None,
             inclusive=end.inclusive if stop_at is not None else True,
-            wal=tuple(WalPiece(segment, partial.name if partial else None) for segment, partial in pieces),
+            wal=tuple(
+                WalPiece(
+                    segment,
+                    partial.name if partial else None,
+                    facts.makes_tablespace if (facts := known.get(segment)) is not None else None,
+                )
+                for segment, partial in pieces
+            ),
             histories=tuple(histories),
             last_commit=end.last,
             missing=end.short,

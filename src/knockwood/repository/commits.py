@@ -21,7 +21,7 @@ from knockwood.repository.proved import Proved, State
 from knockwood.repository.repository import Repository
 from knockwood.repository.route import Break, Route, SegmentFacts, WalFacts
 from knockwood.repository.storage import ObjectInfo
-from knockwood.repository.walk import CHUNK_BYTES, Piece, fetch, runs, walk_run
+from knockwood.repository.walk import CHUNK_BYTES, Kept, Piece, fetch, runs, walk_run
 
 Progress = Callable[[int, int], None]
 """Called with bytes of WAL read so far and to read in all."""
@@ -52,7 +52,10 @@ class CommitLookup(Protocol):
 
 
 class ArchiveReader:
-    """Answers from a repository; implements CommitLookup. `folder` is a private temporary one."""
+    """Answers from a repository; implements CommitLookup. `folder` is a private temporary one.
+
+    What is read goes to `keep` as far as that has room.
+    """
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class ArchiveReader:
         folder: Path,
         state: State | None = None,
         progress: Progress | None = None,
+        keep: Kept | None = None,
     ) -> None:
         self.inventory = inventory
         self.segments: dict[WalSegment, SegmentFacts] = {}
@@ -75,6 +79,7 @@ class ArchiveReader:
         self._programs = programs
         self._folder = folder
         self._progress = progress
+        self._keep = keep
         self._read: set[WalSegment] = set()
         self._scanned: dict[tuple[Timeline, int], tuple[Commit, ...]] = {}
         for entry in (state.current(listing).objects if state else {}).values():
@@ -144,7 +149,8 @@ class ArchiveReader:
                 self._progress(done, total)
 
     def _walk(self, run: Sequence[Piece]) -> None:
-        found = walk_run(self._repository, self._programs, run, self._before(run[0]), self._folder)
+        before = self._before(run[0])
+        found = walk_run(self._repository, self._programs, run, before, self._folder, self._keep)
         self.bytes_read += found.bytes
         self.segments.update(found.facts)
         known = {(b.timeline, b.at, b.segment) for b in self.breaks}

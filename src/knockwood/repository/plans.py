@@ -54,10 +54,14 @@ Target = Latest | ToLsn | ToTime | BeforeXid
 
 @dataclass(frozen=True, slots=True)
 class WalPiece:
-    """A WAL file that a plan needs; `partial_name` is the object to take it from where it is not whole."""
+    """A WAL file that a plan needs; `partial_name` is the object to take it from where it is not whole.
+
+    `makes_tablespace`: whether a record in it makes one at a path; None where nobody looked.
+    """
 
     segment: WalSegment
     partial_name: str | None = None
+    makes_tablespace: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

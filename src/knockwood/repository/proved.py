@@ -109,6 +109,7 @@ def _row(entry: Proved) -> list[Any]:
                 "earliest": facts.earliest.isoformat() if facts.earliest else None,
                 "latest": facts.latest.isoformat() if facts.latest else None,
                 "end": str(entry.end) if entry.end else None,
+                "tablespace": facts.makes_tablespace,
             }
         )
     return row
@@ -137,6 +138,7 @@ def _facts(value: Mapping[str, Any], segment_bytes: int) -> tuple[SegmentFacts, 
         _commit(value["last"]),
         _time(value["earliest"]),
         _time(value["latest"]),
+        _maybe(value.get("tablespace")),
     )
     return facts, Lsn.parse(value["end"]) if value["end"] else None
 
@@ -145,6 +147,11 @@ def _commit(value: Mapping[str, Any] | None) -> Commit | None:
     if value is None:
         return None
     return Commit(int(value["xid"]), Lsn.parse(value["lsn"]), datetime.fromisoformat(value["time"]))
+
+
+def _maybe(value: Any) -> bool | None:
+    # What an earlier version proved does not tell.
+    return value if isinstance(value, bool) else None
 
 
 def _time(value: str | None) -> datetime | None:

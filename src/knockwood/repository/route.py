@@ -21,7 +21,10 @@ _LONG_HEADER = 40
 
 @dataclass(frozen=True, slots=True)
 class SegmentFacts:
-    """The commit records that one segment (or partial) holds. Times tie and are not in LSN order."""
+    """The commit records that one segment (or partial) holds. Times tie and are not in LSN order.
+
+    `makes_tablespace`: whether a record in it makes one at a path; None where nobody looked.
+    """
 
     segment: WalSegment
     commits: int = 0
@@ -29,6 +32,7 @@ class SegmentFacts:
     last: Commit | None = None
     earliest: datetime | None = None
     latest: datetime | None = None
+    makes_tablespace: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

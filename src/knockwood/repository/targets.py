@@ -32,7 +32,7 @@ from knockwood.repository.plans import (
     WalPiece,
 )
 from knockwood.repository.repository import Repository
-from knockwood.repository.walk import workplace
+from knockwood.repository.walk import Kept, workplace
 
 _ATTEMPTS = 10
 _BEFORE = re.compile(r"before[-:](?:xid[-:])?(\d+)\Z", re.IGNORECASE)
@@ -97,6 +97,7 @@ def resolve(
     accept_loss: bool = False,
     programs_for: Callable[[int], Programs] = find_programs,
     progress: Progress | None = None,
+    keep: Kept | None = None,
 ) -> RestorePlan:
     """Plan a restore to a target along the newest timeline's history (or the one given).
 
@@ -104,9 +105,10 @@ def resolve(
     earlier one with the same Repository object or an earlier `verify`. Raises TargetUnreachableError, naming the
     last reachable commit, where the target cannot be reached and `accept_loss` is not given, or where nothing
     can be restored at all; ObjectMissingError for an unknown backup; ProgramsMissingError, WrongKeyError.
+    The files that this call reads go to `keep`.
     """
     for _ in range(_ATTEMPTS):
-        asked = _Question(repository, target, backup, timeline, accept_loss, programs_for, progress)
+        asked = _Question(repository, target, backup, timeline, accept_loss, programs_for, progress, keep)
         try:
             plan = asked.answer()
         except TargetUnreachableError:
@@ -134,10 +136,12 @@ class _Question:
         accept_loss: bool,
         programs_for: Callable[[int], Programs],
         progress: Progress | None,
+        keep: Kept | None,
     ) -> None:
         self._repository = repository
         self._programs_for = programs_for
         self._progress = progress
+        self._keep = keep
         backups = list_backups(repository)
         archive = WalArchive(repository)
         self._listing = archive.listing()
@@ -154,7 +158,7 @@ class _Question:
         state = proved.load(self._repository, self._repository.storage.list(proved.FOLDER))
         before = replace(state, objects=self._repository.read_before).current(self._listing)
         state = replace(state, objects={**before.objects, **state.current(self._listing).objects})
-        with workplace() as folder:
+        with workplace(self._keep) as folder:
 
             def lookup(major: int) -> ArchiveReader:
                 programs = self._programs_for(major)
@@ -167,6 +171,7 @@ class _Question:
                         folder,
                         state,
                         self._progress,
+                        self._keep,
                     )
                 )
                 return self._readers[-1]

@@ -33,6 +33,7 @@ from knockwood.postgres.waldump import (
     first_record,
     parse_time,
     raw_lsn,
+    tells_tablespaces,
     walk,
 )
 from knockwood.postgres.walreader import PAGE_BYTES
@@ -60,6 +61,35 @@ class Piece:
 
 
 @dataclass(slots=True)
+class Kept:
+    """WAL files that were read, kept in `folder` under their own names for whoever needs them next.
+
+    `room` is how many more bytes may lie there. `sources` has the partial object of each, "" for a whole one.
+    """
+
+    folder: Path
+    room: int
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reading(self) -> Path:
+        """Where files lie while they are read, on the same disk."""
+        return self.folder / "reading"
+
+    def take(self, piece: Piece, path: Path) -> bool:
+        """Move a file here if there is room; whether it was."""
+        name = piece.segment.name
+        if name not in self.sources:
+            if self.room < piece.segment.bytes:
+                return False
+            self.room -= piece.segment.bytes
+        path.replace(self.folder / name)
+        whole = piece.end is None
+        self.sources[name] = "" if whole else piece.object.partition(".zst")[0]
+        return True
+
+
+@dataclass(slots=True)
 class RunResult:
     """What walking a run showed. `end` is the exact end of the last whole record, None if none was read."""
 
@@ -70,8 +100,16 @@ class RunResult:
 
 
 @contextmanager
-def workplace() -> Iterator[Path]:
+def workplace(keep: Kept | None = None) -> Iterator[Path]:
     """A private temporary folder, removed at the end; those of dead processes are removed first."""
+    if keep is not None:
+        with files.translated(keep.folder):
+            keep.reading.mkdir(mode=0o700)
+        try:
+            yield keep.reading
+        finally:
+            shutil.rmtree(keep.reading, ignore_errors=True)
+        return
     shelf = Path(tempfile.gettempdir()) / f"knockwood-wal-{os.getuid()}"
     with files.translated(shelf):
         shelf.mkdir(mode=0o700, exist_ok=True)
@@ -134,14 +172,20 @@ def runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 def walk_run(
-    repository: Repository, programs: Programs, run: Sequence[Piece], before: Piece | None, folder: Path
+    repository: Repository,
+    programs: Programs,
+    run: Sequence[Piece],
+    before: Piece | None,
+    folder: Path,
+    keep: Kept | None = None,
 ) -> RunResult:
     """Walk consecutive pieces of one timeline. `before` is the piece just before them, for the prev-link.
 
-    Its facts are told again too, since a record may have begun in it. Raises WrongKeyError and what
-    storage raises; damage is returned, not raised.
+    Its facts are told again too, since a record may have begun in it. Files that `keep` has room for move
+    there once they were read, the others are removed. Raises WrongKeyError and what storage raises; damage
+    is returned, not raised.
     """
-    walker = _Walker(repository, programs, run[0].segment.timeline, folder)
+    walker = _Walker(repository, programs, run[0].segment.timeline, folder, keep)
     pieces = [before, *run] if before is not None else list(run)
     size = max(1, CHUNK_BYTES // run[0].segment.bytes)
     chunks = [pieces[i : i + size] for i in range(0, len(pieces), size)]
@@ -162,15 +206,23 @@ def walk_run(
 class _Walker:
     """The state of one run: what is on disk, where the next walk begins, what was found."""
 
-    def __init__(self, repository: Repository, programs: Programs, timeline: Timeline, folder: Path) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        programs: Programs,
+        timeline: Timeline,
+        folder: Path,
+        keep: Kept | None,
+    ) -> None:
         self.result = RunResult()
         self._repository = repository
         self._programs = programs
         self._timeline = timeline
         self._folder = folder
+        self._keep = keep
         self._pieces: dict[int, Piece] = {}
         self._start: Lsn | None = None
-        self._tally = _Tally(repository.header.segment_bytes)
+        self._tally = _Tally(repository.header.segment_bytes, tells_tablespaces(programs))
 
     def order(self, pool: ThreadPoolExecutor, chunk: Sequence[Piece]) -> list[Future[None]]:
         return [
@@ -235,7 +287,7 @@ class _Walker:
         while True:
             done = walk(
                 self._programs, self._folder, self._timeline, start, end, size,
-                on_commits=self._tally.take, exact_end=exact,
+                on_commits=self._tally.take, on_tablespace=self._tally.on_tablespace, exact_end=exact,
             )  # fmt: skip
             if done.stop is WalStop.COMPLETE:
                 self.result.end = done.end_lsn
@@ -290,10 +342,22 @@ class _Walker:
         elif self._start is None:  # one record fills the segment: begin where it began
             self._start = Lsn(min(self._pieces) * size)
         keep = (self._start or segment.end).value // size
-        for number in [n for n in self._pieces if n < keep and self._path(n).exists()]:
-            self._path(number).unlink()
+        for number in [n for n in self._pieces if n < keep]:
+            self._leave(self._pieces[number])
+
+    def _leave(self, piece: Piece) -> None:
+        """The file is read no more."""
+        path = self._path(piece.segment.number)
+        if not path.exists():
+            return
+        # A parent's segment lies here under another name.
+        own = piece.segment.timeline == self._timeline
+        if self._keep is None or not own or not self._keep.take(piece, path):
+            path.unlink()
 
     def clear(self) -> None:
+        for piece in self._pieces.values():
+            self._leave(piece)
         for path in self._folder.iterdir():
             path.unlink(missing_ok=True)
 
@@ -301,10 +365,11 @@ class _Walker:
 class _Count:
     """The commits of one segment while they are counted; times as text that sorts."""
 
-    __slots__ = ("earliest", "first", "last", "latest", "number")
+    __slots__ = ("earliest", "first", "last", "latest", "makes_tablespace", "number")
 
-    def __init__(self) -> None:
+    def __init__(self, makes_tablespace: bool | None) -> None:
         self.number = 0
+        self.makes_tablespace = makes_tablespace
         self.first: RawCommit | None = None
         self.last: RawCommit | None = None
         self.earliest: RawCommit | None = None
@@ -321,11 +386,10 @@ class _Count:
 
     def of(self, segment: WalSegment) -> SegmentFacts:
         if not (self.first and self.last and self.earliest and self.latest):
-            return SegmentFacts(segment)
+            return SegmentFacts(segment, makes_tablespace=self.makes_tablespace)
         earliest, latest = parse_time(self.earliest[3]), parse_time(self.latest[3])
-        return SegmentFacts(
-            segment, self.number, commit_from(self.first), commit_from(self.last), earliest, latest
-        )
+        first, last = commit_from(self.first), commit_from(self.last)
+        return SegmentFacts(segment, self.number, first, last, earliest, latest, self.makes_tablespace)
 
 
 _time_of = itemgetter(3)
@@ -334,13 +398,20 @@ _time_of = itemgetter(3)
 class _Tally:
     """Counts commits per segment; those met again in an overlap count once."""
 
-    def __init__(self, segment_bytes: int) -> None:
+    def __init__(self, segment_bytes: int, tablespaces: bool) -> None:
         self.segments: dict[int, _Count] = {}
         self.last = Lsn(-1)
+        self.on_tablespace = self._tablespace if tablespaces else None
         self._bytes = segment_bytes
 
-    def known(self, number: int) -> None:
-        self.segments.setdefault(number, _Count())
+    def known(self, number: int) -> _Count:
+        found = self.segments.get(number)
+        if found is None:
+            found = self.segments[number] = _Count(None if self.on_tablespace is None else False)
+        return found
+
+    def _tablespace(self, lsn: Lsn) -> None:
+        self.known(lsn.value // self._bytes).makes_tablespace = True
 
     def take(self, lines: list[RawCommit]) -> None:
         # Lines are in order of their LSN: borders are found by bisection, not line by line.
@@ -348,7 +419,7 @@ class _Tally:
         while begin < len(lines):
             number = raw_lsn(lines[begin]) // self._bytes
             end = bisect_left(lines, (number + 1) * self._bytes, lo=begin, key=raw_lsn)
-            self.segments.setdefault(number, _Count()).add(lines[begin:end])
+            self.known(number).add(lines[begin:end])
             begin = end
         if lines:
             self.last = max(self.last, Lsn(raw_lsn(lines[-1])))

@@ -47,6 +47,20 @@ def test_restore_command_copies_says_no_or_stops_a_promotion(tmp_path: Path, fol
     assert run(command, "00000004.history", tmp_path / "out") == 1
 
 
+def test_a_linked_segment_is_the_file_of_the_spool_and_a_copy_where_it_cannot_be(tmp_path: Path) -> None:
+    segment = "000000010000000000000001"
+    (tmp_path / segment).write_bytes(b"wal")
+    command = restore_command(tmp_path, Timeline(1), linked=True)
+    assert run(command, segment, tmp_path / "out") == 0
+    assert (tmp_path / "out").samefile(tmp_path / segment)
+    (tmp_path / "taken").write_bytes(b"something else")
+    assert run(command, segment, tmp_path / "taken") == 0
+    assert not (tmp_path / "taken").samefile(tmp_path / segment)
+    assert (tmp_path / "taken").read_bytes() == b"wal"
+    assert run(command, "000000010000000000000002", tmp_path / "none") == 1
+    assert run(command, segment, tmp_path / "no" / "out") > 125
+
+
 def test_a_copy_that_fails_is_no_end_of_the_archive(tmp_path: Path) -> None:
     (tmp_path / "000000010000000000000001").write_bytes(b"wal")
     status = run(restore_command(tmp_path, Timeline(1)), "000000010000000000000001", tmp_path / "no" / "out")

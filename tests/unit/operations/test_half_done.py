@@ -15,14 +15,7 @@ from knockwood.recover.table_definition import TableName
 
 
 def begin(into: Path, again: bool = False) -> Path:
-    return half_done.begin(
-        into,
-        "latest",
-        account=None,
-        tablespaces=into.parent / "spaces",
-        sockets=into.parent / "kw-s",
-        again=again,
-    )
+    return half_done.begin(into, "latest", account=None, sockets=into.parent / "kw-s", again=again)
 
 
 def forget_owner(into: Path) -> None:
@@ -111,9 +104,23 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
         begin(mine / "file")
     (tmp_path / "spaces").mkdir()
     (tmp_path / "spaces" / "file").touch()
+    begin(tmp_path / "new")
     with pytest.raises(DirectoryNotEmptyError, match="tablespaces"):
-        begin(tmp_path / "new")
+        half_done.claim_tablespaces(tmp_path / "new", tmp_path / "spaces")
+    half_done.abandon(tmp_path / "new", existed=False)
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "spaces" / "file").exists()
     assert (mine / "file").exists()
+
+
+def test_the_tablespaces_of_an_unfinished_restore_go_with_it(tmp_path: Path) -> None:
+    begin(tmp_path / "new")
+    half_done.claim_tablespaces(tmp_path / "new", tmp_path / "spaces")
+    (tmp_path / "spaces").mkdir()
+    (tmp_path / "spaces" / "file").touch()
+    forget_owner(tmp_path / "new")
+    begin(tmp_path / "new", again=True)
+    assert not (tmp_path / "spaces").exists()
 
 
 def test_a_folder_inside_a_cluster_is_refused(tmp_path: Path) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from knockwood.cli.answer import Answer, coloured, megabytes
+from knockwood.cli.answer import Answer, coloured, escape, megabytes
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.cli.progress import byte_progress
 from knockwood.model import Verdict
 from knockwood.operations.protect import take
 from knockwood.repository.backups.listing import scan_backups
 from knockwood.repository.backups.model import Backup
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def backup(
@@ -63,6 +63,8 @@ def backups(*, common: Common = DEFAULT) -> Answer:
     def show(console: Console) -> None:
         if not found:
             console.print("no backups; take one with: knockwood backup")
+        from rich.table import Table
+
         table = Table(box=None)
         for title in ("backup", "size", "stored", "from WAL", "pages"):
             table.add_column(title, no_wrap=True)

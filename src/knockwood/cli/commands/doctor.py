@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING
 
-from knockwood.cli.answer import Answer, coloured
+from knockwood.cli.answer import Answer, coloured, escape
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.operations import doctor as operation
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def doctor(*, common: Common = DEFAULT) -> Answer:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.markup import escape
 
-from knockwood.cli.answer import Answer
+from knockwood.cli.answer import Answer, escape
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.repository.backups.expire import expire as run_expire
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def expire(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.markup import escape
 
-from knockwood.cli.answer import Answer
+from knockwood.cli.answer import Answer, escape
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.operations import setup
 from knockwood.operations.cluster import Cluster
 from knockwood.settings import parse
 from knockwood.settings.load import FILE_NAME
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def init(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.markup import escape
 
-from knockwood.cli.answer import Answer, coloured, megabytes, seconds
+from knockwood.cli.answer import Answer, coloured, escape, megabytes, seconds
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.cli.progress import spinner
 from knockwood.model import Proof
 from knockwood.operations.prove import Step
 from knockwood.operations.proving import prove_cluster
 from knockwood.repository.targets import parse_target
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def prove(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.markup import escape
 
-from knockwood.cli.answer import Answer, seconds
+from knockwood.cli.answer import Answer, escape, seconds
 from knockwood.cli.commands.restore_in_place import in_place as put_back
 from knockwood.cli.commands.restore_in_place import mode_of
 from knockwood.cli.common import DEFAULT, Common
@@ -20,12 +18,14 @@ from knockwood.operations.cluster import Cluster
 from knockwood.operations.freshness import bring_up_to_date, require_complete
 from knockwood.operations.restore import RestoreOutcome
 from knockwood.operations.restore import restore as restore_cluster
-from knockwood.operations.restore_table import TableOutcome, restore_table
-from knockwood.operations.warm import clone_to_read
-from knockwood.recover.table_definition import TableName
 from knockwood.repository.plans import Missing
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, Target, parse_target
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from knockwood.operations.restore_table import TableOutcome
 
 
 def restore(
@@ -107,6 +107,11 @@ def _table(
     **choice: Any,
 ) -> Answer:
     """One table beside the live one, or into a file."""
+    # Whoever waits for a whole cluster need not wait for these.
+    from knockwood.operations.restore_table import restore_table
+    from knockwood.operations.warm import clone_to_read
+    from knockwood.recover.table_definition import TableName
+
     with byte_progress("restore", quiet=quiet) as progress:
         brought = restore_table(
             repository,

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-
-from knockwood.cli.answer import Answer, seconds
+from knockwood.cli.answer import Answer, escape, seconds
 from knockwood.cli.progress import byte_progress
 from knockwood.errors import UsageError
-from knockwood.model.recovery import Plan, Recovery
-from knockwood.operations.cluster import Cluster
-from knockwood.operations.restore_table_in_place import InPlace, restore_in_place
-from knockwood.recover.plan.table import Mode
-from knockwood.recover.table_definition import TableName
-from knockwood.repository.repository import Repository
-from knockwood.repository.targets import Target
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from knockwood.model.recovery import Plan, Recovery
+    from knockwood.operations.cluster import Cluster
+    from knockwood.operations.restore_table_in_place import InPlace
+    from knockwood.recover.plan.table import Mode
+    from knockwood.repository.repository import Repository
+    from knockwood.repository.targets import Target
 
 
 def mode_of(*, keep_current: bool, keep_restored: bool, replace: bool) -> Mode:
@@ -45,6 +45,9 @@ def in_place(
     **options: Any,
 ) -> Answer:
     """Plan, and with `apply` carry out, bringing a table back in its place."""
+    from knockwood.operations.restore_table_in_place import restore_in_place
+    from knockwood.recover.table_definition import TableName
+
     with byte_progress("restore", quiet=quiet) as progress:
         found = restore_in_place(
             repository,

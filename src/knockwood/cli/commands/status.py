@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING
 
-from knockwood.cli.answer import Answer, coloured, seconds
+from knockwood.cli.answer import Answer, coloured, escape, seconds
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.model import worst
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.status import Status
 from knockwood.operations.status import status as look
 from knockwood.settings import choose_cluster, load
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def status(*, common: Common = DEFAULT) -> Answer:

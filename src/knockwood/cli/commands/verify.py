@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.markup import escape
 
-from knockwood.cli.answer import Answer, coloured, megabytes, seconds
+from knockwood.cli.answer import Answer, coloured, escape, megabytes, seconds
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.cli.progress import spinner
 from knockwood.repository.verify import Verification
 from knockwood.repository.verify import verify as run_verify
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def verify(

@@ -17,7 +17,7 @@ from knockwood.errors import (
     RefusedError,
     TargetUnreachableError,
 )
-from knockwood.host import clock, files, privileges, processes
+from knockwood.host import clock, files, memory, privileges, processes
 from knockwood.host.privileges import Account
 from knockwood.postgres.binaries import Programs, runnable_by
 from knockwood.repository.backups.extract import (
@@ -79,6 +79,7 @@ def fetch_chain(
         _require_space(chain, into, layout)
     total = sum(backup.raw_bytes for backup in chain) if part is None else part.raw_bytes
     job = _Job(repository, account, workers, _Meter(progress, total), part, flushing)
+    memory.keep_large_buffers()
     with files.translated(into):
         for folder in (into, *layout.tablespaces.values()):
             _make(folder, account)
