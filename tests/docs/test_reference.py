@@ -46,7 +46,7 @@ def test_every_page_of_a_check_has_its_check() -> None:
 
 
 def settings_keys(model: type[BaseModel], section: str) -> Iterator[tuple[str, str]]:
-    tables = {"objectives", "backup", "wal", "proof", "shadow", "invariant", "application"}
+    tables = {"objectives", "backup", "wal", "proof", "history", "shadow", "invariant", "application"}
     for name, field in model.model_fields.items():
         if model is ClusterSettings and name in tables:
             kind = field.annotation

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import psutil
 import pyrage
 import pytest
 
@@ -13,7 +15,8 @@ from fix_archive import Archived, archive_wal, flip, new_archive
 from fix_server import ServerFactory
 from knockwood.errors import HostError, WrongKeyError
 from knockwood.history import store
-from knockwood.history.follow import index_new, indexing
+from knockwood.history.follow import following
+from knockwood.history.follow_worker import Following
 from knockwood.history.index import ArchiveIndex
 from knockwood.history.transaction import Transaction
 from knockwood.host import clock
@@ -118,6 +121,8 @@ def test_an_archive_that_grows_is_indexed_piece_by_piece(new_server: ServerFacto
         assert index.transaction(one.xid) == one
         assert all(index.transaction(sub) == one for sub in one.subxids)
         assert index.commit_of(one.xid).lsn == one.commit_lsn
+    everybody = {xid: one for one in whole for xid in one.xids}
+    assert index.writers([*everybody, 2, 1 << 31]) == everybody
 
 
 def test_a_hole_is_told_and_goes_away_when_it_is_filled(new_server: ServerFactory, tmp_path: Path) -> None:
@@ -257,21 +262,74 @@ def test_an_index_that_cannot_be_stored_still_answers(new_server: ServerFactory,
         storage = Failing(made.root, after)
         assert all_of(Repository.open(storage), workers=1) == whole
     assert all_of(made.repository, workers=1) == whole
-    assert index_new(made.repository) == len(segments_of(made))
 
 
-def test_following_indexes_what_arrives_and_never_raises(new_server: ServerFactory, tmp_path: Path) -> None:
+def test_following_indexes_what_arrives_also_after_a_kill(new_server: ServerFactory, tmp_path: Path) -> None:
+    server = server_with_table(new_server)
+    made = new_archive(server, tmp_path / "repository")
+    told: list[str] = []
+    with following(made.repository, told.append, patient=False) as archived:
+        for number in range(3):
+            with connect(server.dsn()) as connection:
+                write(connection, 2)
+            before = {path.name for path in segments_of(made)}
+            switched(made)
+            names = sorted(path.name[:24] for path in segments_of(made) if path.name not in before)
+            # What was archived while nobody said so is found by the next one.
+            for name in names if number else names[-1:]:
+                archived(WalSegment.parse(name, made.repository.header.segment_bytes))
+            wait_for_heads(made)
+            kill_followers()
+    assert 1 <= len(told) <= 2
+    assert all("status -9" in text or "Broken pipe" in text for text in told)
+    followed = all_of(made.repository, build=False)  # nothing is left to make
+    assert followed == all_of(copy_of(made, tmp_path / "copy"), workers=1)
+    assert followers() == []
+
+
+def wait_for_heads(made: Archived) -> None:
+    deadline = clock.monotonic() + 60
+    while len(store.heads(made.repository)) < len(segments_of(made)):
+        assert clock.monotonic() < deadline
+        clock.sleep(0.01)
+
+
+def followers() -> list[psutil.Process]:
+    """Those of this process."""
+    return [
+        process
+        for process in psutil.Process().children()
+        if process.status() != psutil.STATUS_ZOMBIE and "follow_worker" in " ".join(process.cmdline())
+    ]
+
+
+def kill_followers() -> None:
+    (one,) = followers()
+    one.kill()
+
+
+def test_following_tells_what_is_wrong_and_never_raises(new_server: ServerFactory, tmp_path: Path) -> None:
     server = server_with_table(new_server)
     made = new_archive(server, tmp_path / "repository")
     with connect(server.dsn()) as connection:
         write(connection, 1)
     switched(made)
+    *_, last = segments_of(made)
+    segment = WalSegment.parse(last.name[:24], made.repository.header.segment_bytes)
+    mute = Following(Repository(Mute(made.root), made.repository.header))
+    with pytest.raises(HostError):
+        mute.archived(segment)
+    flip(last, last.stat().st_size // 2)
     told: list[str] = []
-    with indexing(made.repository, every=0.01, told=told.append):
-        deadline = clock.monotonic() + 60
-        while len(store.heads(made.repository)) < len(segments_of(made)) and clock.monotonic() < deadline:
-            clock.sleep(0.01)
-    assert len(store.heads(made.repository)) == len(segments_of(made))
-    assert told == []
-    assert index_new(Repository(Mute(made.root), made.repository.header), told.append) is None
-    assert told
+    heard = threading.Event()
+
+    def tell(text: str) -> None:
+        told.append(text)
+        heard.set()
+
+    with following(made.repository, tell, patient=False) as archived:
+        archived(segment)
+        assert heard.wait(60)
+        archived(WalSegment(segment.timeline, segment.number + 9, segment.bytes))
+    assert segment.name in told[0]
+    assert len(store.heads(made.repository)) == len(segments_of(made)) - 1

@@ -45,7 +45,7 @@ class Asked:
     `after` on up to and including `before` (times tie and are not in LSN order).
 
     `filenodes` holds relation file numbers, or pairs of database and number: those that changed one of
-    them. `xid` is one that the transaction had, also as a subtransaction.
+    them. `xids` holds such that the transaction had one of, also as a subtransaction.
     """
 
     since: Lsn | None = None
@@ -53,7 +53,7 @@ class Asked:
     after: datetime | None = None
     before: datetime | None = None
     filenodes: Container[object] | None = None
-    xid: int | None = None
+    xids: frozenset[int] | None = None
 
 
 class Assembler:
@@ -66,7 +66,7 @@ class Assembler:
         self._after = microseconds(asked.after) if asked.after is not None else None
         self._before = microseconds(asked.before) if asked.before is not None else None
         self._filenodes = asked.filenodes
-        self._xid = asked.xid
+        self._xids = np.array(sorted(asked.xids), np.int64) if asked.xids is not None else None
         self._carried: dict[int, list[tuple[int, OpenTransaction]]] = {}
         self._newest: int | None = None
         self._reached: int | None = None
@@ -82,8 +82,10 @@ class Assembler:
         """Whether a segment may hold a commit that is asked for."""
         if head.commits == 0 or head.xids is None or head.end <= self._since:
             return False
-        if self._xid is not None and not head.xids[0] <= self._xid <= head.xids[1]:
-            return False
+        if self._xids is not None:
+            low, high = np.searchsorted(self._xids, (head.xids[0], head.xids[1] + 1))
+            if low == high:
+                return False
         if head.times is not None and not self._in_time(*head.times):
             return False
         if self._filenodes is None:
@@ -171,8 +173,8 @@ class Assembler:
             mask &= columns["end_time"] >= self._after
         if self._before is not None:
             mask &= columns["end_time"] <= self._before
-        if self._xid is not None:
-            mask &= _marked(columns, np.array([self._xid]))
+        if self._xids is not None:
+            mask &= _marked(columns, self._xids)
         if self._filenodes is not None:
             relations = [row for row, file in enumerate(head.relations) if self._wanted(file)]
             kinds = columns["change_what"] & ((1 << KIND_BITS) - 1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -16,7 +17,11 @@ from knockwood.model.wal import WalSegment
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.inventory import Partial
 from knockwood.repository.repository import Repository
+from knockwood.repository.route import Route
 from knockwood.repository.walk import Piece
+
+_REMEMBERED: Final = 64
+"""Pieces to go back to for the beginning of a record, while an archive is followed for months."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +42,22 @@ class Indexed:
         )
 
 
+def put(repository: Repository, made: Indexed) -> bool:
+    """Store a segment's index if it is final; whether it is. Raises what storage raises."""
+    if not made.final or made.summary is None or made.head is None:
+        return False
+    store.put(repository, made.summary, made.head)
+    return True
+
+
 def keep(repository: Repository, made: Indexed) -> str | None:
     """Store a segment's index if it is final; the full name of its head.
 
     A repository that cannot be written to can still be read: then None, and nothing is raised.
     """
-    if not made.final or made.summary is None or made.head is None:
-        return None
     try:
-        store.put(repository, made.summary, made.head)
+        if not put(repository, made) or made.head is None:
+            return None
     except KnockwoodError:
         return None
     return repository.find(store.object_name(made.head.segment, made.head.start) + ".head")
@@ -78,6 +90,13 @@ class Indexer:
         if summary.broken is None:
             self._tail = found.tail
         return Indexed(piece, summary, store.make_head(summary, piece, source_bytes), summary.broken)
+
+    def follow(self, piece: Piece, source_bytes: int) -> Indexed:
+        """Index the piece after the last one of the run; what is long done is forgotten."""
+        forgotten = max(len(self._pieces) - _REMEMBERED, 0)
+        self._pieces = [*self._pieces[forgotten:], piece]
+        self._at -= forgotten
+        return self.index(len(self._pieces) - 1, source_bytes)
 
     def _tail_before(self, position: int) -> Tail | None:
         """What the pieces before leave to this one; None where that cannot be known."""
@@ -132,6 +151,19 @@ def _replaced(repository: Repository, segment: WalSegment, piece: Piece) -> Byte
     data = bytearray(b"".join(WalArchive(repository).read_partial(partial)))
     data += bytes(segment.bytes - len(data))
     return np.frombuffer(data, np.uint8)
+
+
+def pieces_of(route: Route, listing: Mapping[str, object]) -> Iterator[Piece]:
+    """The files of a route in order, as far as they are there."""
+    start = route.archive_start()
+    if start is None:
+        return
+    for segment, partial in route.pieces(start, max(route.archive_end(), start + 1)):
+        name = partial.name if isinstance(partial, Partial) else segment_object(segment)
+        for suffix in (".zst", ".zst.age"):
+            if name + suffix in listing:
+                yield Piece(segment, name + suffix, partial.end if partial else None)
+                break
 
 
 def runs_of(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-import knockwood
+from knockwood.history import child
 from knockwood.history.build_worker import piece_as_json
 from knockwood.host import processes
 from knockwood.repository.repository import Repository
@@ -30,14 +27,6 @@ FEWEST: Final = 8
 
 _MOST_WORKERS: Final = 4
 
-_ENVIRONMENT: Final = {
-    # One thread each: the work is divided by segments already.
-    "OPENBLAS_NUM_THREADS": "1",
-    # glibc keeps what is freed for the next segment: pages given back and faulted in again cost a tenth.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-}
-
 
 @dataclass(slots=True)
 class _Pool:
@@ -46,18 +35,18 @@ class _Pool:
     advance: Callable[[], None]
     lock: threading.Lock
 
-    def serve(self, child: subprocess.Popen[bytes], job: bytes, first: list[int]) -> None:
+    def serve(self, worker: subprocess.Popen[bytes], job: bytes, first: list[int]) -> None:
         """Feed one worker until nothing is left or it is dead; begin with a batch of its own."""
-        assert child.stdin is not None
-        assert child.stdout is not None
+        assert worker.stdin is not None
+        assert worker.stdout is not None
         # One that dies leaves its segments to the parent.
         with suppress(BrokenPipeError, ValueError):
-            child.stdin.write(job)
+            worker.stdin.write(job)
             batch: list[int] | None = first
             while batch is not None:
-                child.stdin.write(json.dumps(batch).encode() + b"\n")
-                child.stdin.flush()
-                for line in child.stdout:
+                worker.stdin.write(json.dumps(batch).encode() + b"\n")
+                worker.stdin.flush()
+                for line in worker.stdout:
                     answer = json.loads(line)
                     if not answer:
                         break
@@ -107,9 +96,7 @@ def build_in_processes(
     firsts = [batches[number * len(batches) // count] for number in range(count)]
     pool = _Pool([one for one in batches if one not in firsts], {}, advance, threading.Lock())
     job = {
-        "storage": repository.storage.url,
-        "recipients": repository.recipients,
-        "identities": repository.identities,
+        **child.repository_as_json(repository),
         "pieces": [piece_as_json(piece) for piece in pieces],
         "sizes": [sizes[piece.object] for piece in pieces],
     }
@@ -117,8 +104,8 @@ def build_in_processes(
     with ExitStack() as stack:
         children = [_start(stack) for _ in range(count)]
         threads = [
-            threading.Thread(target=pool.serve, args=(child, line, first))
-            for child, first in zip(children, firsts, strict=True)
+            threading.Thread(target=pool.serve, args=(one, line, first))
+            for one, first in zip(children, firsts, strict=True)
         ]
         for thread in threads:
             thread.start()
@@ -126,8 +113,8 @@ def build_in_processes(
             for thread in threads:
                 thread.join()
         except BaseException:
-            for child in children:
-                processes.stop(child, grace=0)
+            for one in children:
+                processes.stop(one, grace=0)
             raise
     return pool.stored
 
@@ -144,22 +131,6 @@ def _batches(positions: Sequence[int]) -> list[list[int]]:
 
 
 def _start(stack: ExitStack) -> subprocess.Popen[bytes]:
-    package = str(Path(knockwood.__path__[0]).parent)
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    child = processes.start(
-        [sys.executable, "-P", "-c", f"import {_MODULE}; {_MODULE}.main()"],
-        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        death_signal=signal.SIGKILL,
-    )
-
-    def end() -> None:
-        processes.stop(child, grace=0)
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-
-    stack.callback(end)
-    return child
+    started = child.start(_MODULE)
+    stack.callback(child.end, started)
+    return started

@@ -13,9 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from knockwood.history.build import Indexer, keep, runs_of
+from knockwood.history.child import repository_from
 from knockwood.model.wal import Lsn, WalSegment
-from knockwood.repository.repository import Repository
-from knockwood.repository.storage import open_storage
 from knockwood.repository.walk import Piece
 
 
@@ -26,9 +25,7 @@ def piece_as_json(piece: Piece) -> list[Any]:
 def main() -> None:
     """Work until the input ends."""
     job = json.loads(sys.stdin.readline())
-    repository = Repository.open(
-        open_storage(job["storage"]), recipients=job["recipients"], identities=job["identities"]
-    )
+    repository = repository_from(job)
     size = repository.header.segment_bytes
     pieces = [
         Piece(WalSegment.parse(name, size), stored, Lsn(end) if end is not None else None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from knockwood.errors import ObjectDamagedError, ObjectMissingError
 from knockwood.history import store
 from knockwood.history.assemble import Asked, Assembler
-from knockwood.history.build import Indexed, Indexer, keep, runs_of
+from knockwood.history.build import Indexed, Indexer, keep, pieces_of, runs_of
 from knockwood.history.build_pool import build_in_processes
 from knockwood.history.store import Head, Transactions
 from knockwood.history.transaction import Transaction
@@ -16,7 +16,7 @@ from knockwood.model.proof import Commit
 from knockwood.model.wal import Lsn, Timeline, TimelineHistory, WalRange, WalSegment
 from knockwood.postgres.binaries import Programs
 from knockwood.repository.archive import WalArchive
-from knockwood.repository.inventory import Partial, merged, segment_object, split
+from knockwood.repository.inventory import merged, split
 from knockwood.repository.repository import Repository
 from knockwood.repository.route import Route
 from knockwood.repository.walk import Piece
@@ -85,7 +85,7 @@ class ArchiveIndex:
         inventory = archive.inventory_of(listing)
         newest = timeline or max((*inventory.timelines, *inventory.histories), default=Timeline(1))
         route = Route(inventory, newest)
-        parts = [_Part(piece, None) for piece in _pieces(route, listing)]
+        parts = [_Part(piece, None) for piece in pieces_of(route, listing)]
         known = store.heads(repository)
         sizes = {part.piece.object: listing[part.piece.object].bytes for part in parts}
         for position, part in enumerate(parts):
@@ -163,7 +163,8 @@ class ArchiveIndex:
         `filenodes` holds relation file numbers, or pairs of database and number: transactions that
         changed one of them. `xid` asks for the transaction that had it, also as a subtransaction.
         """
-        return self.select(Asked(since, until, filenodes=filenodes, xid=xid))
+        xids = frozenset([xid]) if xid is not None else None
+        return self.select(Asked(since, until, filenodes=filenodes, xids=xids))
 
     def select(self, asked: Asked) -> Iterator[Transaction]:
         """The same, asked for in one value."""
@@ -229,6 +230,14 @@ class ArchiveIndex:
             return found[-1]
         return min(found, key=lambda one: abs(one.commit_lsn.value - near.value))
 
+    def writers(self, xids: Iterable[int]) -> dict[int, Transaction]:
+        """The transactions that had some xids, also as subtransactions, in one pass; the newest of each.
+
+        Those whose commit is not in what is covered are left out.
+        """
+        wanted = frozenset(xids)
+        return {xid: one for one in self.select(Asked(xids=wanted)) for xid in one.xids if xid in wanted}
+
     def commit_of(self, xid: int, near: Lsn | None = None) -> Commit:
         """The commit of a transaction. Raises ObjectMissingError."""
         found = self.transaction(xid, near)
@@ -259,19 +268,6 @@ class ArchiveIndex:
 
 def _largest(found: Sequence[Transaction], limit: int) -> list[Transaction]:
     return sorted(found, key=lambda one: (-one.wal_bytes, one.commit_lsn))[:limit]
-
-
-def _pieces(route: Route, listing: Mapping[str, object]) -> Iterator[Piece]:
-    """The files of a route in order, as far as they are there."""
-    start = route.archive_start()
-    if start is None:
-        return
-    for segment, partial in route.pieces(start, max(route.archive_end(), start + 1)):
-        name = partial.name if isinstance(partial, Partial) else segment_object(segment)
-        for suffix in (".zst", ".zst.age"):
-            if name + suffix in listing:
-                yield Piece(segment, name + suffix, partial.end if partial else None)
-                break
 
 
 def _load(

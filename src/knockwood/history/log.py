@@ -131,9 +131,8 @@ def read_log(
     Raises UsageError for a table that nobody knows, and for a name of several.
     """
     filenodes = _files(names, question.table) if question.table is not None else None
-    asked = Asked(
-        question.since, question.until, question.after, question.before, filenodes, question.xid
-    )  # fmt: skip
+    xids = frozenset([question.xid]) if question.xid is not None else None
+    asked = Asked(question.since, question.until, question.after, question.before, filenodes, xids)
     # One more than wanted tells whether there is more.
     limit = question.limit + 1
     found = index.largest(limit, asked) if question.largest else index.newest(limit, asked)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from knockwood.errors import LockHeldError
+from knockwood.history.follow import following
 from knockwood.host import clock
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.passing_slot import PassingSlot
@@ -16,7 +17,7 @@ from knockwood.repository import receive, receive_server
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.backups.take import Effort, OnProgress, take_backup, why_not
 from knockwood.repository.leases import lease
-from knockwood.repository.receive import Receiver, ReceiverEvent
+from knockwood.repository.receive import EventKind, Receiver, ReceiverEvent
 from knockwood.repository.repository import Repository
 
 OnEvent = Callable[[ReceiverEvent], None]
@@ -40,21 +41,44 @@ def receiver(cluster: Cluster, repository: Repository, on_event: OnEvent | None 
 
 
 def receive_forever(cluster: Cluster, on_event: OnEvent, stop: threading.Event, *, wait: float = 0) -> None:
-    """Receive WAL in the foreground until `stop` is set.
+    """Receive WAL in the foreground until `stop` is set; the history's index follows, if it is to.
 
     Raises LockHeldError if another receiver is still at work after `wait` seconds.
     """
     repository = cluster.repository()
     _passing(cluster, repository).forget()
     deadline = clock.monotonic() + wait
-    while not stop.is_set():
-        try:
-            receiver(cluster, repository, on_event).run(stop)
-            return
-        except LockHeldError:
-            if clock.monotonic() > deadline:
-                raise
-        stop.wait(0.5)
+    with _index_follows(cluster, repository, on_event) as seen:
+        while not stop.is_set():
+            try:
+                receiver(cluster, repository, seen).run(stop)
+                return
+            except LockHeldError:
+                if clock.monotonic() > deadline:
+                    raise
+            stop.wait(0.5)
+
+
+@contextmanager
+def _index_follows(cluster: Cluster, repository: Repository, on_event: OnEvent) -> Iterator[OnEvent]:
+    """What a receiver tells, so that each segment it archived is indexed too."""
+    # A machine that can write and not read has no keys to index with.
+    unreadable = bool(repository.recipients) and not repository.identities
+    if not cluster.settings.history.follow or unreadable:
+        yield on_event
+        return
+
+    def told(text: str) -> None:
+        on_event(ReceiverEvent(EventKind.INDEX_PROBLEM, text))
+
+    with following(repository, told) as archived:
+
+        def seen(event: ReceiverEvent) -> None:
+            on_event(event)
+            if event.segment is not None:
+                archived(event.segment)
+
+        yield seen
 
 
 @contextmanager

@@ -231,7 +231,8 @@ class Receiver:
 
     def _archived(self, file: SpoolFile, end: Lsn) -> None:
         kind = EventKind.PARTIAL if file.partial else EventKind.ARCHIVED
-        self._report(kind, f"{file.path.name} up to {end} on timeline {file.segment.timeline}")
+        text = f"{file.path.name} up to {end} on timeline {file.segment.timeline}"
+        self._on_event(ReceiverEvent(kind, text, segment=None if file.partial else file.segment))
 
     # --- reporting --------------------------------------------------------------------------------
 

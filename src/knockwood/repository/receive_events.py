@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from knockwood.errors import KnockwoodError
-from knockwood.model.wal import WalRange
+from knockwood.model.wal import WalRange, WalSegment
 
 
 class EventKind(StrEnum):
@@ -21,17 +21,22 @@ class EventKind(StrEnum):
     FORKED = "forked"
     SERVER_PROBLEM = "server problem"
     REPOSITORY_PROBLEM = "repository problem"
+    INDEX_PROBLEM = "index problem"
     STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
 class ReceiverEvent:
-    """Something happened. Problems carry the `error`; they repeat only when they change."""
+    """Something happened. Problems carry the `error`; they repeat only when they change.
+
+    `segment` is the one that was archived. Trouble with the history's index is nothing to the WAL.
+    """
 
     kind: EventKind
     text: str
     error: KnockwoodError | None = None
     gap: WalRange | None = None
+    segment: WalSegment | None = None
 
 
 def ignore(event: ReceiverEvent) -> None:

@@ -97,6 +97,12 @@ class ProofSettings(_Table):
     clones: Path | None = None
 
 
+class HistorySettings(_Table):
+    """The index that `log` and `blame` read. `follow`: `wal receive` makes it as WAL arrives."""
+
+    follow: bool = True
+
+
 class ShadowSettings(_Table):
     """A clone that follows the repository. `behind` is how far it stays behind, `every` when it goes on.
 
@@ -139,6 +145,7 @@ class ClusterSettings(_Table):
     backup: BackupSettings = BackupSettings()
     wal: WalSettings = WalSettings()
     proof: ProofSettings = ProofSettings()
+    history: HistorySettings = HistorySettings()
     shadow: ShadowSettings = ShadowSettings()
     invariant: list[InvariantSettings] = []
     application: list[ApplicationSettings] = []

@@ -40,6 +40,12 @@ def test_the_documented_example_loads() -> None:
     assert shop.objectives.rpo == timedelta(seconds=5)
     assert shop.backup.incremental == timedelta(hours=1)
     assert shop.invariant[0].every == timedelta(minutes=1)
+    assert shop.history.follow
+
+
+def test_the_index_of_history_follows_unless_it_is_not_to() -> None:
+    text = GOOD + "\n[cluster.shop.history]\nfollow = false\n"
+    assert not choose_cluster(parse(text), None)[1].history.follow
 
 
 def test_every_mistake_is_told_at_once_with_its_line() -> None:
