@@ -15,7 +15,7 @@ from knockwood.history.store import Head
 from knockwood.history.summary import SegmentSummary, summarize
 from knockwood.model.wal import WalSegment
 from knockwood.repository.archive import WalArchive
-from knockwood.repository.inventory import Partial
+from knockwood.repository.inventory import Partial, segment_object
 from knockwood.repository.repository import Repository
 from knockwood.repository.route import Route
 from knockwood.repository.walk import Piece
