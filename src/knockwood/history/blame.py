@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from operator import itemgetter
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from knockwood.history.chains import NOWHERE, Chains, Place
 from knockwood.history.touched import FileId, TouchedFile, touched
@@ -29,7 +33,7 @@ _BELOW_THREE: Final = 3
 class Log(Chains):
     """Every change of one relation's file in order of the WAL: where a row was and where it is then."""
 
-    __slots__ = ("lsns", "news", "olds", "somewhere", "writers")
+    __slots__ = ("_places", "_writers", "lsns", "news", "olds", "somewhere", "writers")
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,6 +42,8 @@ class Log(Chains):
         self.lsns = array("q")
         self.writers = array("q")
         self.somewhere: list[tuple[int, int, int]] = []
+        self._places: _Found | None = None
+        self._writers: _Found | None = None
 
     def __len__(self) -> int:
         return len(self.lsns)
@@ -55,11 +61,43 @@ class Log(Chains):
         # A move to another partition is kept as a negative writer: the row goes on elsewhere.
         self._note(old, NOWHERE, lsn, -xid if moved else xid)
 
+    def put(self, where: Place, below: int) -> Iterator[int]:
+        """The changes before the one numbered `below` that put a row there, the newest first."""
+        if self._places is None or len(self._places) != len(self):
+            self._places = _Found(np.array(self.news, np.int64))
+        return self._places.before(where, below)
+
+    def made_by(self, writer: int, lsn: int) -> int | None:
+        """The last change that a transaction made before a position."""
+        if self._writers is None or len(self._writers) != len(self):
+            self._writers = _Found(np.abs(np.array(self.writers, np.int64)))
+        return next(self._writers.before(writer, bisect_left(self.lsns, lsn)), None)
+
     def _note(self, old: Place, new: Place, lsn: int, xid: int) -> None:
         self.olds.append(old)
         self.news.append(new)
         self.lsns.append(lsn)
         self.writers.append(xid)
+
+
+class _Found:
+    """The rows of each value of a column, put in order once: a row's life is followed change by change."""
+
+    __slots__ = ("_order", "_values")
+
+    def __init__(self, column: NDArray[np.int64]) -> None:
+        self._order = np.argsort(column, kind="stable")
+        self._values = column[self._order]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def before(self, value: int, below: int) -> Iterator[int]:
+        """Rows of the value that are less than `below`, from the last one back."""
+        low, high = np.searchsorted(self._values, (value, value + 1))
+        rows = self._order[low:high]
+        for row in reversed(rows[: np.searchsorted(rows, below)]):
+            yield int(row)
 
 
 Logs = Mapping[FileId, Log]
@@ -124,7 +162,7 @@ def versions(
     log = logs.get(file)
     if log is None:
         return
-    index = _written_at(log, len(log) - 1, where, xmin)
+    index = _written_at(log, len(log), where, xmin)
     below = 1 << 62
     while True:
         if index < 0:
@@ -135,7 +173,7 @@ def versions(
         if origin != NOWHERE:
             yield Written("update", transaction)
             where = origin
-            index = _written_at(log, index - 1, where)
+            index = _written_at(log, index, where)
             continue
         left = _left(logs, file, writer, below)
         yield Written("move" if left is not None else "insert", transaction)
@@ -144,14 +182,12 @@ def versions(
         file, moved = left
         log = logs[file]
         where, below = log.olds[moved], log.lsns[moved]
-        index = _written_at(log, moved - 1, where)
+        index = _written_at(log, moved, where)
 
 
-def _written_at(log: Log, index: int, where: Place, xmin: int | None = None) -> int:
-    """The last change up to `index` that put a row there (by `xmin`, if given); below zero for none."""
-    while index >= 0 and not (log.news[index] == where and xmin in (None, log.writers[index])):
-        index -= 1
-    return index
+def _written_at(log: Log, below: int, where: Place, xmin: int | None = None) -> int:
+    """The last change before `below` that put a row there (by `xmin`, if given); less than zero for none."""
+    return next((index for index in log.put(where, below) if xmin in (None, log.writers[index])), -1)
 
 
 def _somewhere(
@@ -172,11 +208,9 @@ def _left(logs: Logs, into: FileId, writer: int, lsn: int) -> tuple[FileId, int]
     """
     best: tuple[int, FileId, int] | None = None
     for file, log in logs.items():
-        for index in range(len(log) - 1, -1, -1):
-            if log.lsns[index] < lsn and abs(log.writers[index]) == writer:
-                if best is None or log.lsns[index] > best[0]:
-                    best = log.lsns[index], file, index
-                break
+        index = log.made_by(writer, lsn)
+        if index is not None and (best is None or log.lsns[index] > best[0]):
+            best = log.lsns[index], file, index
     if best is None or best[1] == into or logs[best[1]].writers[best[2]] != -writer:
         return None
     return best[1], best[2]

@@ -178,7 +178,11 @@ class _Maker:
             place = rows.main.take(chosen) + 2
             tuples: Ints = rows.buffer[place].astype(np.int64) | rows.buffer[place + 1].astype(np.int64) << 8
             inserted = np.full(len(chosen), INSERTED, np.int64)
-            self._note(_key(rows.xid.take(chosen), relation.take(chosen), inserted), tuples)
+            # COPY writes a record per page: one sum is kept, not thousands of parts.
+            keys, each = np.unique(
+                _key(rows.xid.take(chosen), relation.take(chosen), inserted), return_inverse=True
+            )
+            self._note(keys, np.bincount(each, weights=tuples).astype(np.int64))
 
         whole = (rows.manager == records.XLOG) & ((rows.info & 0xF0) == _FULL_PAGE) & (rows.xid != 0)
         chosen = np.flatnonzero(whole & (relation >= 0))

@@ -118,7 +118,6 @@ class Archive:
     index: ArchiveIndex
     registry: Registry
     notes: list[str] = field(default_factory=list)
-    _known: dict[int, Transaction | None] = field(default_factory=dict)
 
     @classmethod
     def open(cls, cluster: Cluster, wait: float, tell: Progress) -> Archive:
@@ -147,14 +146,6 @@ class Archive:
         if not backups:
             raise ObjectMissingError("there is no backup", hint="take one now: `knockwood backup`")
         return self.cluster.programs(max(backups, key=lambda backup: backup.stop_lsn).major)
-
-    def writer(self, xid: int) -> Transaction | None:
-        if xid not in self._known:
-            try:
-                self._known[xid] = self.index.transaction(xid)
-            except ObjectMissingError:
-                self._known[xid] = None
-        return self._known[xid]
 
     def files_of(self, table: Table) -> dict[FileId, int]:
         """The files that the table's leaves have now or had at a backup, and whose they are."""
@@ -199,9 +190,9 @@ def blame(
     with _source(cluster, tell) as (dsn, source):
         table = table_of(dsn, asked)
         found, more = select_rows(dsn, table, asked, shown, timeout)
-        next_xid = _next_full_xid(dsn)
-    archive = Archive.open(cluster, wait, tell)
-    rows = [_blamed(archive, table, each, next_xid) for each in found]
+        now = _Now.of(dsn)
+    archive, writers = _writers(cluster, {each.xmin for each in found}, now, wait, tell)
+    rows = [_blamed(archive, writers.get(each.xmin), each, now.next_xid) for each in found]
     if history:
         tell("following versions through the WAL")
         rows = _with_versions(archive, table, found, rows, since)
@@ -245,18 +236,44 @@ def database_of(dsn: str) -> str:
     return str(words.get("dbname") or words.get("user") or "postgres")
 
 
-def _next_full_xid(dsn: str) -> int:
-    """The next xid to be given out, with its epoch in the upper half."""
-    with connect(dsn) as connection, translated():
-        row = connection.execute(
-            "select pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint"
-        ).fetchone()
-    assert row is not None
-    return int(row[0])
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """Where the rows were read: the next xid to be given out, with its epoch in the upper half, and the
+    timeline that is written (None where none is: on a standby or a clone).
+    """
+
+    next_xid: int
+    timeline: int | None
+
+    @classmethod
+    def of(cls, dsn: str) -> _Now:
+        with connect(dsn) as connection, translated():
+            row = connection.execute(
+                "select pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint,"
+                " case when not pg_catalog.pg_is_in_recovery() then pg_catalog.pg_walfile_name("
+                "pg_catalog.pg_current_wal_insert_lsn()) end"
+            ).fetchone()
+        assert row is not None
+        return cls(int(row[0]), int(row[1][:8], 16) if row[1] is not None else None)
 
 
-def _blamed(archive: Archive, table: Table, found: Found, next_xid: int) -> BlamedRow:
-    transaction = archive.writer(found.xmin)
+def _writers(
+    cluster: Cluster, xids: Collection[int], now: _Now, wait: float, tell: Progress
+) -> tuple[Archive, Mapping[int, Transaction]]:
+    """The archive, and who had the xids. The newest WAL is waited for only where it may say otherwise."""
+    archive = Archive.open(cluster, 0, tell)
+    writers = archive.index.writers(xids)
+    # A number given out once on this timeline is that transaction's, and all that led to its rows is older.
+    known = archive.index.timeline == now.timeline and all(
+        xid in writers and times_used(xid, now.next_xid) == 1 for xid in xids
+    )
+    if not known and wait > 0:
+        archive = Archive.open(cluster, wait, tell)
+        writers = archive.index.writers(xids)
+    return archive, writers
+
+
+def _blamed(archive: Archive, transaction: Transaction | None, found: Found, next_xid: int) -> BlamedRow:
     uses = times_used(found.xmin, next_xid)
     reason = ""
     if transaction is None:
