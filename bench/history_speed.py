@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """How fast the archive is indexed and asked: `make bench-history`.
 
-A cluster of its own writes WAL with pgbench; its segments are archived, indexed by two processes, and asked as
-`knockwood log` asks. Ends with 0 if the bars were reached (300 MB/s of WAL on two cores, any question under 1 s).
+A cluster of its own writes WAL with pgbench, and between its runs COPY, wide rows, updates, deletes and DDL; its
+segments are archived, indexed by two processes, and asked as `knockwood log` asks and by the command itself. Ends
+with 0 if the bars were reached (300 MB/s of WAL on two cores, any question under 1 s).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import shutil
 import subprocess
@@ -28,11 +30,28 @@ from knockwood.repository.archive import WalArchive
 from knockwood.repository.repository import Repository
 from knockwood.repository.storage.local import LocalStorage
 from machine import describe, load
-from sandbox import OUT, end_cleanly, say, system_programs, work_folder
+from sandbox import OUT, ask, end_cleanly, say, system_programs, work_folder
 from tables import markdown
 
 BAR_MEGABYTES = 300.0
 BAR_SECONDS = 1.0
+_OTHERS = """
+create table if not exists narrow (id bigint, a int, b int, t text);
+create table if not exists wide (id bigint, body text, big text);
+insert into narrow select g, g % 7, g % 11, 'some text ' || g from generate_series(1, 100000) g;
+copy narrow to '{file}' with (format binary);
+truncate narrow;
+copy narrow from '{file}' with (format binary);
+insert into wide select g, repeat(md5(g::text), 40),
+  (select string_agg(md5((g * 200 + k)::text), '') from generate_series(1, 150) k) from generate_series(1, 2000) g;
+update wide set body = body || 'x' where id % 3 = 0;
+delete from narrow where id % 5 = 0;
+create table passing (a int primary key, b text);
+alter table passing alter a type bigint;
+drop table passing;
+"""
+"""What is no pgbench: run after each of its runs, a statement a transaction."""
+
 _SETTINGS = {"fsync": "off", "wal_keep_size": "64GB", "max_wal_size": "8GB", "checkpoint_timeout": "15min"}
 
 
@@ -73,7 +92,9 @@ def _archive(programs: Programs, work: Path, megabytes: int, scale: int) -> Repo
         with connect(server.dsn()) as connection:
             facts = server_facts(connection)
             while True:
-                _pgbench(programs, server, "-n", "-c", "8", "-T", "10")
+                _pgbench(programs, server, "-n", "-c", "8", "-t", "5000")
+                for statement in _OTHERS.format(file=work / "narrow").split(";\n"):
+                    connection.execute(statement.encode())
                 row = connection.execute("select pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
                 assert row is not None
                 say(f"{int(row[0]) >> 20} MB of WAL")
@@ -121,6 +142,7 @@ def _measure(repository: Repository, runs: int) -> tuple[str, list[str]]:
         "",
     ]
     rows, slow = _questions(repository)
+    rows += _commands(repository)
     missed = [f"indexing {rates[-1]:.0f} MB/s"] if rates[-1] < BAR_MEGABYTES else []
     text = (
         "\n".join(lines) + "\n" + markdown(["question", "seconds", "processor seconds", "found"], rows) + "\n"
@@ -151,9 +173,9 @@ def _questions(repository: Repository) -> tuple[list[list[str]], list[str]]:
     }
     rows: list[list[str]] = []
     slow: list[str] = []
-    for name, ask in questions.items():
+    for name, question in questions.items():
         used, began = _processor(), time.perf_counter()
-        found = ask(ArchiveIndex.open(repository))
+        found = question(ArchiveIndex.open(repository))
         wall = time.perf_counter() - began
         assert isinstance(found, list)
         rows.append(
@@ -162,6 +184,26 @@ def _questions(repository: Repository) -> tuple[list[list[str]], list[str]]:
         if wall > BAR_SECONDS:
             slow.append(f"{name} {wall:.2f} s")
     return rows, slow
+
+
+def _commands(repository: Repository) -> list[list[str]]:
+    """`knockwood log` as it is typed, its start included; the server is down, and the archive answers."""
+    root = Path(repository.storage.url)
+    config = root.parent / "knockwood.toml"
+    config.write_text(f'[cluster.bench]\ndsn = "host={root.parent} dbname=postgres"\nrepository = "{root}"\n')
+    index = ArchiveIndex.open(repository)
+    one = next(index.transactions(since=index.heads[len(index.heads) // 2].segment.start))
+    rows: list[list[str]] = []
+    for words in ((), ("--largest",), ("--xid", str(one.xid)), ("--to", str(one.commit_lsn))):
+        used, began = _processor(), time.perf_counter()
+        said = ask([Path(sys.executable).parent / "knockwood", "--config", config, "--json", "log", *words])
+        wall = time.perf_counter() - began
+        if said.status not in (0, 2):
+            raise RuntimeError(said.err)
+        found = str(len(json.loads(said.out)["transactions"]))
+        name = " ".join(("knockwood log", *(word for word in words if word.startswith("-"))))
+        rows.append([f"`{name}` (the whole command)", f"{wall:.2f}", f"{_processor() - used:.2f}", found])
+    return rows
 
 
 def _processor() -> float:
