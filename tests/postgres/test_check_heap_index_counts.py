@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fix_checks import SHOP, check, found, path_of, silent, sql, writers
+import pytest
+
+from fix_checks import SHOP, check, found, path_of, silent, sql, subject_of, writers
+from fix_clones import protected
+from knockwood.clone.spawn import spawn
 from knockwood.drill import faults
+from knockwood.integrity.check import Role
+from knockwood.integrity.run import run_checks
 from knockwood.model import Severity
+from knockwood.postgres.connection import connect, server_facts
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
+    from knockwood.postgres.server import LocalServer
 
 NAME = "heap_index_counts"
 
@@ -80,6 +89,60 @@ def test_healthy_clusters_are_silent(new_server: ServerFactory, every_version: i
     sql(server, "reindex table shop; truncate other; drop table scratch")
     sql(server, "vacuum full shop")
     silent(server, NAME)
+
+
+def cut_and_extend(server: LocalServer) -> None:
+    """The file ends in zeros then, the rows' page is in the buffers; so is the index without the rows deleted."""
+    sql(server, "delete from other where id > 4000")
+    sql(server, "vacuum (index_cleanup on, truncate on) other")
+    sql(server, "insert into other select i, repeat('y', 100) from generate_series(6001, 6010) i")
+
+
+@pytest.mark.parametrize("inspect", [True, False])
+def test_a_table_cut_and_extended_before_its_index_is_flushed_is_silent(
+    new_server: ServerFactory, every_version: int, inspect: bool
+) -> None:
+    server = new_server(every_version, bgwriter_lru_maxpages=0, autovacuum=False)
+    sql(server, SHOP)
+    if inspect:
+        sql(server, "create extension pageinspect")
+    sql(server, "checkpoint")
+    cut_and_extend(server)
+    length = int(sql(server, "select pg_relation_size('other')"))
+    page = (server.data_directory / path_of(server, "other")).read_bytes()[length - faults.BLOCK : length]
+    assert not any(page)
+    silent(server, NAME)
+
+
+@pytest.mark.parametrize("inspect", [True, False])
+def test_a_paused_clone_tells_pages_gone_from_pages_not_flushed(
+    new_server: ServerFactory, inspect: bool
+) -> None:
+    server = new_server(18, bgwriter_lru_maxpages=0, autovacuum=False)
+    with protected(server, server.data_directory.parent / "kw") as kept:
+        sql(server, SHOP)
+        if inspect:
+            sql(server, "create extension pageinspect")
+        kept.backup()
+        cut_and_extend(server)
+        with spawn(kept.repository, kept.plan("latest"), registry=kept.registry, purpose="check") as clone:
+            faults.zero_block(clone.data_directory, path_of(server, "shop"), 7)
+            with connect(clone.dsn()) as connection:
+                facts = server_facts(connection)
+            subject = replace(
+                subject_of(server), dsn=clone.dsn(), facts=facts, role=Role.CLONE,
+                data_directory=clone.data_directory,
+            )  # fmt: skip
+            report = run_checks(subject, [NAME])
+    named = [(finding.location.relation, finding.location.block) for finding in report.findings]
+    gaps = [gap.reason for gap in report.not_checked]
+    if inspect:
+        assert named == [("public.shop", 7)]
+        assert gaps == []
+    else:
+        assert named == []
+        assert [gap.partition(":")[0] for gap in gaps] == ["table public.shop", "table public.other"]
+        assert all("pageinspect" in gap for gap in gaps)
 
 
 def test_tables_under_writers_are_silent(new_server: ServerFactory) -> None:

@@ -8,18 +8,20 @@ one btree index per table is followed, in the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from psycopg import sql
 
 from knockwood.errors import PostgresError
 from knockwood.integrity.budget import pace
 from knockwood.integrity.catalog import Relation, relations
 from knockwood.integrity.check import NotChecked, Outcome, Subject, Weight
 from knockwood.integrity.databases import attempt, in_each_database
+from knockwood.integrity.extensions import schema_of
 from knockwood.integrity.index_pages import DanglingMap, leaf_entries
 from knockwood.integrity.relation_files import DataFiles, data_files
 from knockwood.model import Finding, Lsn, Severity
@@ -28,6 +30,12 @@ from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES, bad_pages, decod
 
 _CHUNK: Final = 4 << 20
 _ROUNDS: Final = 3
+_WORDS: Final = {
+    "zero": "the page is all zeros, and an index has entries for rows on it",
+    "unused": "an index has entries for rows that the page does not hold",
+    "beyond the end": "the table ends before this block, and an index has entries for rows on it",
+}
+_GONE: Final = ("zero", "beyond the end")
 
 # One full btree index per table, the smallest: each row must be in it.
 _PAIRS: Final = """
@@ -71,6 +79,9 @@ class _Suspect:
     heap_block: int
     item: int
     index_block: int
+
+
+_Verdicts = dict[_Suspect, str | None]
 
 
 class _Pair:
@@ -123,19 +134,14 @@ class _Pair:
         for attempt_number in range(_ROUNDS):
             # Most suspects only wait to be flushed: the last checkpoint tells that without a new one.
             redo = self._checkpoint() if attempt_number else self._redo()
-            missing: list[tuple[_Suspect, str]] = []
-            unsettled: list[_Suspect] = []
-            for suspect in open_ones:
-                verdict = self._again(suspect, redo)
-                if verdict == "changing":
-                    unsettled.append(suspect)
-                elif verdict is not None:
-                    missing.append((suspect, verdict))
-            # A table cut just now loses its last blocks before its index shows it: ask once more.
-            for suspect, verdict in missing:
-                if verdict != "beyond the end" or self._again(suspect, self._checkpoint()) == verdict:
+            verdicts = self._confirmed({suspect: self._again(suspect, redo) for suspect in open_ones}, redo)
+            for suspect, verdict in verdicts.items():
+                if verdict in _WORDS:
                     yield self._finding(suspect, verdict, entries)
-            open_ones = unsettled
+            yield from self._not_known(
+                s.heap_block for s, verdict in verdicts.items() if verdict == "unknown"
+            )
+            open_ones = [suspect for suspect, verdict in verdicts.items() if verdict == "changing"]
             if not open_ones:
                 return
         blocks = sorted({suspect.heap_block for suspect in open_ones})
@@ -144,6 +150,53 @@ class _Pair:
             f"table {self.table.name}: {len(blocks)} blocks changed again each time they were looked at"
             f" (the first: {blocks[0]}); no checkpoint lay between, or writers were faster",
         )
+
+    def _confirmed(self, verdicts: _Verdicts, redo: Lsn) -> _Verdicts:
+        """A file that VACUUM cut, extended with zeros again or not, shows that on disk at once; the index
+        shows only when it is flushed that its entries went before. So for pages that are gone the server's
+        own index page must be as old, or a checkpoint that begins now must not change the answer."""
+        gone = [suspect for suspect, verdict in verdicts.items() if verdict in _GONE]
+        if not gone:
+            return verdicts
+        schema = schema_of(self.subject, self.connection, "pageinspect")
+        if schema is not None and self.subject.facts.is_superuser:
+            return verdicts | {s: self._by_server(schema, s, redo, verdicts[s]) for s in gone}
+        seen, later = self._now(), self._checkpoint()
+        # In recovery a checkpoint is made only where the WAL has one.
+        return verdicts | {s: self._again(s, later) if later >= seen else "unknown" for s in gone}
+
+    def _by_server(self, schema: str, suspect: _Suspect, redo: Lsn, verdict: str | None) -> str | None:
+        """The verdict after a look at the index page as the server has it, be it on disk yet or not."""
+        query = sql.SQL("select {}.get_raw_page(%s, 'main', %s)").format(sql.Identifier(schema))
+        with translated():
+            row = self.connection.execute(
+                query, [self.index.name, suspect.index_block], binary=True
+            ).fetchone()
+        assert row is not None
+        leaf = np.frombuffer(row[0], np.uint8).reshape(1, PAGE_BYTES)
+        if _lsn(leaf) < redo:
+            return verdict
+        _, rows, _ = leaf_entries(leaf, suspect.index_block)
+        return "changing" if suspect.heap_block in rows else None
+
+    def _not_known(self, heap_blocks: Iterable[int]) -> Iterator[NotChecked]:
+        if blocks := sorted(set(heap_blocks)):
+            yield NotChecked(
+                HeapIndexCounts.name,
+                f"table {self.table.name}: {len(blocks)} blocks are gone from disk (the first: {blocks[0]}), and"
+                " whether their rows are gone from the index too is not on disk yet: no checkpoint could be"
+                " made, and pageinspect is not there or not allowed",
+            )
+
+    def _now(self) -> Lsn:
+        """The end of the WAL: whatever was read from disk was written before it."""
+        with translated():
+            row = self.connection.execute(
+                "select case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn()"
+                " else pg_catalog.pg_current_wal_insert_lsn() end::text"
+            ).fetchone()
+        assert row is not None
+        return Lsn.parse(row[0])
 
     def _checkpoint(self) -> Lsn:
         try:
@@ -203,16 +256,11 @@ class _Pair:
         return row == (self.table.path, self.index.path)
 
     def _finding(self, suspect: _Suspect, verdict: str, entries: int) -> Finding:
-        words = {
-            "zero": "the page is all zeros, and an index has entries for rows on it",
-            "unused": "an index has entries for rows that the page does not hold",
-            "beyond the end": "the table ends before this block, and an index has entries for rows on it",
-        }
         return Finding(
             HeapIndexCounts.name,
             Severity.CRITICAL,
             self.table.location(self.table.path, suspect.heap_block),
-            words[verdict],
+            _WORDS[verdict],
             "the rows of this page are gone from the table without an error: queries return fewer rows",
             "bring the page back from the newest clean backup and the WAL: knockwood recover."
             " Do not REINDEX: the index is the proof of what is missing",
