@@ -17,6 +17,7 @@ from knockwood.errors import RefusedError
 from knockwood.history.images import row_changes, whole_clones
 from knockwood.history.reading import fetch_raw
 from knockwood.history.standing import Position
+from knockwood.history.touched import Decoded
 from knockwood.history.transaction import RowChange, Transaction
 from knockwood.integrity.tables import open_pinned
 from knockwood.model import Lsn
@@ -397,7 +398,9 @@ def test_one_table_only_and_limits(history: History) -> None:
     ) as changes:
         assert [short(change)[:3] for change in changes] == [("parent", "delete", ("2",))]
     with pytest.raises(RefusedError, match="more than 3 rows"):
-        row_changes(made.repository, [transaction], limit=3, registry=made.registry)
+        row_changes(
+            made.repository, [transaction], decoded=Decoded(made.repository, 3), registry=made.registry
+        )
     truncated = history.transactions["truncate"]
     with row_changes(made.repository, [truncated], whole_limit=5, registry=made.registry) as changes:
         assert list(changes) == []

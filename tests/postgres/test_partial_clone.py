@@ -18,6 +18,7 @@ from knockwood.clone.partial import (
     spawn_for,
     spawn_partial,
 )
+from knockwood.clone.partial_wal import locator_of
 from knockwood.errors import KnockwoodError, RefusedError
 from knockwood.host import privileges
 from knockwood.postgres.connection import connect
@@ -272,3 +273,91 @@ def test_a_relation_locked_by_a_transaction_in_progress_is_readable_at_once(
             with clone:
                 dsn = clone.dsn() + " options='-c statement_timeout=60s'"
                 assert content(dsn, "wanted") == before
+
+
+_LARGE = """
+create table large (id int primary key, n int not null, filler text) with (fillfactor = 90);
+create index on large (n);
+insert into large select i, i, repeat('x', 100) from generate_series(1, 40000) i;
+"""
+
+
+@pytest.mark.parametrize("version", [15, pytest.param(17, marks=pytest.mark.slow), 18])
+@pytest.mark.parametrize("incremental", [False, True])
+def test_some_blocks_of_a_large_table(new_server: ServerFactory, version: int, incremental: bool) -> None:
+    if incremental and version < 17:
+        pytest.skip("there are no incremental backups")
+    summarize = {"summarize_wal": "on"} if incremental else {}
+    server = new_server(version, segment_megabytes=1, **summarize)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.execute(_LARGE)
+        made.execute("vacuum large")
+        made.backup()
+        if incremental:
+            made.execute("update large set n = n + 1 where id % 500 = 0")
+            made.backup(incremental=True)
+        # Rows that stay on their page, rows that go to others, new pages, pruning, and images after a checkpoint.
+        for step in range(6):
+            made.execute(f"update large set n = n + 1 where id % 97 = {step}")
+            made.execute(f"update large set filler = repeat('y', 600) where id % 211 = {step}")
+            made.execute(f"delete from large where id % 103 = {step}")
+            if step % 2:
+                made.execute("checkpoint")
+            if step == 3:
+                made.execute("vacuum large")
+        made.execute("insert into large select i, i, repeat('z', 100) from generate_series(50001, 52000) i")
+        pages = one(server.dsn(), "select pg_relation_size('large') / 8192")
+        blocks = frozenset([3, 4, 50, 51, 333, pages - 1, *range(0, pages, 17)])
+        wanted = replace(key("large"), blocks=blocks)
+
+        def of_blocks(dsn: str) -> list[object]:
+            # One by one: a scan of the whole table would meet what is not there.
+            ask = "select ctid::text || t::text from large t where ctid >= '({},0)' and ctid < '({},0)'"
+            with connect(dsn) as connection:
+                found = [connection.execute(ask.format(b, b + 1).encode()).fetchall() for b in sorted(blocks)]
+            return [row[0] for some in found for row in some]
+
+        before = of_blocks(server.dsn())
+        xid = made.insert(1)
+        plan = made.plan(f"before-{xid}")
+        made.execute(
+            "update large set n = -n, filler = 'w' where id % 50 = 0; delete from large where id % 31 = 0"
+        )
+        after = of_blocks(server.dsn())
+        with spawn_partial(made.repository, plan, [wanted], purpose="test", registry=made.registry) as clone:
+            place = locator_of(one(clone.dsn(), "select pg_relation_filepath('large')"))
+            assert place is not None
+            assert clone.held(place) == blocks
+            assert clone.wal_filter is not None
+            assert clone.wal_filter.pieces[place].fenced
+            assert of_blocks(clone.dsn()) == before
+            with connect(clone.dsn()) as connection:
+                for setting in (
+                    "enable_seqscan",
+                    "enable_bitmapscan",
+                    "enable_indexscan",
+                    "enable_indexonlyscan",
+                ):
+                    connection.execute(f"set {setting} = off".encode())
+                    with pytest.raises(psycopg.Error, match=r"invalid page|unexpected zero page|could not"):
+                        connection.execute("select count(*), max(filler) from large where n > 0")
+            clone.advance(made.plan("latest"))
+            assert of_blocks(clone.dsn()) == after
+        assert made.registry.records() == []
+
+
+def test_where_blocks_cannot_be_cut_out_the_table_comes_whole(new_server: ServerFactory) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.execute(_LARGE)
+        made.execute("create table small (id int primary key); insert into small values (1)")
+        made.backup()
+        made.execute("delete from large where id > 20000")
+        made.execute("vacuum (truncate) large")
+        keys = [replace(key("large"), blocks=frozenset([1])), replace(key("small"), blocks=frozenset([0]))]
+        with spawn_for(
+            made.repository, made.plan("latest"), keys, purpose="test", registry=made.registry
+        ) as clone:
+            assert isinstance(clone, PartialClone)
+            assert content(clone.dsn(), "large") == content(server.dsn(), "large")
+            assert rows(clone.dsn(), "select id from small") == [1]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from knockwood.clone import goal as goals
 from knockwood.clone.partial_files import RelationKey, Selection, select
 from knockwood.clone.partial_wal import Locator, WalFilter, locator_of
+from knockwood.clone.pieces import Piece, stub
 from knockwood.clone.registry import Registry, sign
 from knockwood.clone.spawn import Clone, Report, fetch, make, spawn
 from knockwood.clone.workspace import Workspace
@@ -83,6 +84,12 @@ class PartialClone(Clone):
     keys: tuple[RelationKey, ...] = ()
     part: Part | None = None
     wal_filter: WalFilter | None = None
+    stubs: frozenset[Locator] = frozenset()
+
+    def held(self, relation: Locator) -> frozenset[int] | None:
+        """The blocks of a relation (tablespace, database, file) that can be read; None for all it has."""
+        piece = self.wal_filter.pieces.get(relation) if self.wal_filter else None
+        return None if piece is None else piece.blocks
 
     @property
     def fetched_bytes(self) -> int:
@@ -98,6 +105,8 @@ class PartialClone(Clone):
         if self.wal_filter.reached is not None:
             start = min([self.wal_filter.reached, *renewed])
         self.wal_filter.apply([piece.segment for piece in plan.wal], start, plan.target_lsn)
+        for part in self.wal_filter.pieces.values():
+            part.guard(self.data_directory, self.workspace.account)
 
     def replay(self, progress: Report | None = None) -> Lsn:
         """Run recovery to the plan's goal, and prove that nothing incomplete can be read there."""
@@ -148,6 +157,7 @@ def spawn_partial(
             keys=tuple(relations),
             part=part,
             wal_filter=_filter(made, plan, selection, part),
+            stubs=frozenset(selection.stubs),
         )
         clone.entry = entry
         _require_room(workspace.root, plan, part)
@@ -157,7 +167,13 @@ def spawn_partial(
         raise
     try:
         fetch(
-            clone, purpose, tablespaces=workspace.tablespaces, progress=progress, workers=workers, part=part
+            clone,
+            purpose,
+            tablespaces=workspace.tablespaces,
+            progress=progress,
+            workers=workers,
+            part=part,
+            after_files=lambda: _write_pieces(clone, selection),
         )
         clone.recovery.settings |= goals.throw_away_settings(True)
         # Looking ahead at blocks that are not here would only cost.
@@ -204,18 +220,20 @@ def spawn_for(
     }
     more: frozenset[Locator] = frozenset()
     while True:
+        in_pieces = any(key.blocks is not None for key in relations)
         try:
             return spawn_partial(repository, plan, relations, more=more, **options)
         except NoSpaceError:
             raise
-        except PartialImpossibleError as error:
-            reason = error.what
-            # Once more with what the catalogs of the target named: partitions, a table renamed since.
-            if more or not error.more:
-                break
-            more = error.more
         except (RefusedError, PostgresError, ProgramFailedError, ObjectMissingError) as error:
             reason = error.what
+            found = error.more if isinstance(error, PartialImpossibleError) else frozenset()
+        if in_pieces:
+            relations = [replace(key, blocks=None) for key in relations]
+        elif found and not more:
+            # Once more with what the catalogs of the target named: partitions, a table renamed since.
+            more = found
+        else:
             break
     clone = spawn(repository, plan, free_of_locks=True, **options)
     clone.whole_because = reason
@@ -229,14 +247,26 @@ def _choose(
         raise RefusedError("no relation is named that the clone should hold")
     found = relation_map(repository, plan.backup)
     part = Part(repository, plan.chain)
-    selection = select(found, part.files[plan.backup.id], keys, more)
+    selection = select(found, part.files[plan.backup.id], keys, more, part.pages)
     part.choose(selection.wants)
     return selection, part
 
 
 def _filter(clone: Clone, plan: RestorePlan, selection: Selection, part: Part) -> WalFilter:
     present, absent = selection.split(part.files[plan.backup.id])
-    return WalFilter(clone.programs, clone.spool.folder, plan.backup.segment_bytes, present, absent)
+    pieces = {place: Piece(cut.path, cut.blocks, cut.pages) for place, cut in selection.cuts.items()}
+    return WalFilter(clone.programs, clone.spool.folder, plan.backup.segment_bytes, present, absent, pieces)
+
+
+def _write_pieces(clone: PartialClone, selection: Selection) -> None:
+    """The wanted blocks of large tables, and the first of their indexes for the planner."""
+    assert clone.part is not None
+    assert clone.wal_filter is not None
+    folder, account = clone.data_directory, clone.workspace.account
+    for piece in clone.wal_filter.pieces.values():
+        piece.make(folder, clone.part.blocks(piece.path, piece.blocks), account)
+    for path in selection.stubs.values():
+        stub(folder, path, clone.part.blocks(path, [0])[0], account)
 
 
 def _require_room(root: Path, plan: RestorePlan, part: Part) -> None:
@@ -259,7 +289,7 @@ def _prove(clone: PartialClone) -> None:
         )
     for path in _relation_files(clone.data_directory):
         relation_here = locator_of(path)
-        if relation_here is not None and not known.whole(relation_here):
+        if relation_here is not None and not known.whole(relation_here) and relation_here not in clone.stubs:
             raise PartialImpossibleError(f"replay made {path}, which is not whole")
     missing: dict[str, Locator] = {}
     with connect(clone.dsn("template1")) as connection, translated():
@@ -286,7 +316,8 @@ def _missing(
     missing = {}
     for name, path in rows:
         place = locator_of(path)
-        if place is None or not known.whole(place) or not (clone.data_directory / path).exists():
+        here = place in clone.stubs or (place is not None and known.whole(place))
+        if not here or not (clone.data_directory / path).exists():
             missing[name] = place or (0, 0, 0)
     return missing
 

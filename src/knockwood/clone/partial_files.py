@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from knockwood.clone.partial_wal import Locator, locator_of
@@ -15,6 +15,12 @@ _TEMPLATE1 = 1
 
 # pg_largeobject and its index: catalogs by name, as large as the users made them.
 _LARGE_OBJECTS: Final = frozenset({2613, 2683})
+
+_HEAPS: Final = frozenset("rtm")
+_SMALL: Final = 256
+"""Pages; what has fewer is fetched whole."""
+_WORTH: Final = 4
+"""Blocks are cut out of a table where at most one in so many is wanted."""
 
 _TOP: Final = frozenset(
     {
@@ -48,7 +54,8 @@ class RelationKey:
     """A relation that somebody wants to read, by name, by `oid`, or by the `filenode` that WAL names.
 
     The name is that at the clone's target (found also where it was made after the backup). With a table
-    come its TOAST relation, its indexes and its partitions.
+    come its TOAST relation, its indexes and its partitions. With `blocks` only these of its main fork are
+    wanted, and no index (a small table comes whole all the same).
     """
 
     database: str
@@ -56,6 +63,7 @@ class RelationKey:
     name: str = ""
     oid: int | None = None
     filenode: int | None = None
+    blocks: frozenset[int] | None = None
 
     def __str__(self) -> str:
         what = f"{self.schema}.{self.name}" if self.name else f"relation {self.oid or self.filenode}"
@@ -73,11 +81,25 @@ class RelationKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """Blocks of a relation's main fork (at `path`, `pages` long) in place of all of it."""
+
+    path: str
+    blocks: frozenset[int]
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
-    """The files to fetch: `relations` (with all forks and segments), and of `whole` databases everything."""
+    """The files to fetch: `relations` (with all forks and segments), and of `whole` databases everything.
+
+    Of relations in `cuts` only some blocks are fetched, of indexes in `stubs` (with their paths) the first.
+    """
 
     relations: frozenset[Locator]
     whole: frozenset[int] = frozenset()
+    cuts: Mapping[Locator, Cut] = field(default_factory=dict)
+    stubs: Mapping[Locator, str] = field(default_factory=dict)
 
     def wants(self, path: str) -> bool:
         """Whether the file at `path` (relative to the data directory) is fetched."""
@@ -93,7 +115,7 @@ class Selection:
         for path in paths:
             relation = locator_of(path)
             if relation is not None:
-                (present if self.wants(path) else absent).add(relation)
+                (present if self.wants(path) or relation in self.cuts else absent).add(relation)
         return frozenset(present), frozenset(absent)
 
 
@@ -102,10 +124,12 @@ def select(
     paths: Iterable[str],
     keys: Collection[RelationKey],
     more: Collection[Locator] = (),
+    pages: Callable[[str], int] = lambda path: 0,
 ) -> Selection:
     """What to fetch of a backup with the files `paths` to read `keys` (and the relations `more`).
 
-    Raises ObjectMissingError where the map of a wanted database was not recorded.
+    `pages` tells the length of the main fork at a path. Raises ObjectMissingError where the map of a wanted
+    database was not recorded.
     """
     names = {key.database for key in keys} | {"template1", "postgres"}
     for key in keys:
@@ -116,6 +140,8 @@ def select(
             )
     recorded = [relation for relation in found.relations if relation.database in names]
     wanted = set(more) | _recorded(found, recorded, keys)
+    cuts, stubs = _cuts(found, recorded, keys, pages)
+    wanted -= cuts.keys() | stubs.keys()
     large = _places(relation for relation in recorded if relation.oid in _LARGE_OBJECTS) - wanted
     databases = {relation.database_oid for relation in recorded}
     numbers = {key.filenode for key in keys if key.filenode is not None}
@@ -127,7 +153,32 @@ def select(
             wanted.add(place)
     # Without its map nobody knows where a database's catalogs lie; it is small if nobody may enter it.
     whole = {_TEMPLATE1} if "template1" in found.not_recorded else set()
-    return Selection(frozenset(wanted), frozenset(whole))
+    return Selection(frozenset(wanted), frozenset(whole), cuts, stubs)
+
+
+def _cuts(
+    found: RelationMap,
+    recorded: Collection[Relation],
+    keys: Collection[RelationKey],
+    pages: Callable[[str], int],
+) -> tuple[dict[Locator, Cut], dict[Locator, str]]:
+    """What is not fetched whole: large tables of which few blocks are wanted, and their large indexes."""
+    cuts: dict[Locator, Cut] = {}
+    stubs: dict[Locator, str] = {}
+    for key in keys:
+        for relation in recorded if key.blocks is not None else ():
+            place = locator_of(relation.path)
+            if not key.matches(relation) or place is None or relation.kind not in _HEAPS:
+                continue
+            length = pages(relation.path)
+            if length < _SMALL or len(key.blocks or ()) > length // _WORTH:
+                continue
+            cuts[place] = Cut(relation.path, key.blocks or frozenset(), length)
+            for one in found.family(relation):
+                index = locator_of(one.path)
+                if one.kind == "i" and one.table == relation.oid and index and pages(one.path) >= _SMALL:
+                    stubs[index] = one.path
+    return cuts, stubs
 
 
 def _recorded(

@@ -13,12 +13,13 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from knockwood.clone.pieces import Piece
 from knockwood.clone.spool import runs
 from knockwood.errors import ProgramFailedError, RecoveryFailedError, RefusedError
 from knockwood.host import files
@@ -64,6 +65,9 @@ _LINE = re.compile(
     re.MULTILINE,
 )
 _REFERENCE = re.compile(rb"blkref #\d+: rel (\d+/\d+/\d+) ")
+_BLOCK = re.compile(
+    rb"blkref #(\d+): rel (\d+/\d+/\d+) (?:fork (\w+) )?blk (\d+)( FPW(?! for WAL verification))?"
+)
 _DROPPED = re.compile(rb"; rels:((?: [^\s;]+)+)")
 _REMOVED = re.compile(rb"DROP dir((?: \d+/\d+)+)")
 _COPIES = re.compile(rb"copy dir \S+ to (\S+)")
@@ -82,6 +86,11 @@ def locator_of(path: str) -> Locator | None:
     return (int(words[1]), int(words[3]), found.node)
 
 
+def _locator(name: bytes) -> Locator:
+    space, database, number = map(int, name.split(b"/"))
+    return space, database, number
+
+
 @dataclass(slots=True)
 class WalFilter:
     """Takes out of a spool what concerns `absent` relations, and learns which relations the WAL makes.
@@ -95,6 +104,8 @@ class WalFilter:
     segment_bytes: int
     present: frozenset[Locator]
     absent: frozenset[Locator]
+    pieces: Mapping[Locator, Piece] = field(default_factory=dict)
+    """Present relations of which the clone has only some blocks."""
     options: tuple[str, ...] = ()
     """Filters for pg_waldump, where only some records are looked at."""
     created: dict[Locator, int] = field(default_factory=dict)
@@ -163,8 +174,9 @@ class WalFilter:
         for name in names:
             relation = cache.get(name)
             if relation is None:
-                space, database, number = map(int, name.split(b"/"))
-                relation = cache[name] = (space, database, number)
+                relation = cache[name] = _locator(name)
+            if relation in self.pieces:
+                return self._beside_pieces(text, parse_lsn(lsn), alone=len(names) == 1)
             if relation in self.present:
                 absent = False
             elif relation not in self.absent or (
@@ -175,6 +187,32 @@ class WalFilter:
                     self.unexplained.setdefault(relation, parse_lsn(lsn))
         return absent
 
+    def _beside_pieces(self, text: bytes, lsn: int, *, alone: bool) -> bool:
+        """Whether a record that names a relation in pieces names nothing that is here; if it does, redo will
+        look at the other blocks that it names as well. `alone`: it names one block."""
+        if alone and (match := _BLOCK.search(text)) is not None:
+            only = self.pieces[_locator(match[2])]
+            return match[3] is not None or not only.holds(("", int(match[4])), lsn)
+        references = [
+            (_locator(name), (fork.decode(), int(block)), number, bool(image))
+            for number, name, fork, block, image in _BLOCK.findall(text)
+        ]
+        here = False
+        for relation, spot, _, _ in references:
+            piece = self.pieces.get(relation)
+            if piece is None:
+                here |= relation not in self.absent or self.created.get(relation, lsn + 1) <= lsn
+            else:
+                here |= spot[0] == "" and piece.holds(spot, lsn)
+        if not here:
+            return True
+        init = b"+INIT " in text
+        for relation, spot, number, image in references:
+            piece = self.pieces.get(relation)
+            if piece is not None and not piece.holds(spot, lsn):
+                piece.beside(spot, lsn, image or (init and number == b"0"))
+        return False
+
     def _storage(self, text: bytes, lsn: int) -> bool:
         """Storage CREATE tells that a relation is whole in the WAL; TRUNCATE would make an empty file."""
         verb, _, rest = text.partition(b" ")
@@ -182,6 +220,8 @@ class WalFilter:
         relation = locator_of(path)
         if relation is None:
             return False
+        if relation in self.pieces:
+            raise RefusedError(f"the WAL truncates {path}, of which only some blocks were to be fetched")
         if verb == b"CREATE":
             if relation not in self.present:
                 self.created.setdefault(relation, lsn)
@@ -207,7 +247,7 @@ class WalFilter:
 
 def lock_filter(programs: Programs, folder: Path, segment_bytes: int) -> WalFilter:
     """A filter that silences nothing but the locks of transactions in progress, for a whole clone."""
-    return WalFilter(programs, folder, segment_bytes, frozenset(), frozenset(), ("--rmgr=Standby",))
+    return WalFilter(programs, folder, segment_bytes, frozenset(), frozenset(), options=("--rmgr=Standby",))
 
 
 class Patcher:

@@ -85,6 +85,10 @@ class Clone:
     def programs(self) -> Programs:
         return self.server.programs
 
+    def held(self, relation: tuple[int, int, int]) -> frozenset[int] | None:
+        """Which blocks of a relation (tablespace, database, file) can be read: None, all of them."""
+        return None
+
     def dsn(self, database: str = "postgres") -> str:
         """A connection string, as a superuser of the restored cluster whatever its name."""
         return self.recovery.dsn(database)
@@ -241,10 +245,12 @@ def fetch(
     workers: int = 4,
     part: Part | None = None,
     flushing: bool = False,
+    after_files: Callable[[], None] = lambda: None,
 ) -> None:
     """Bring backup and WAL into the workspace and settle the server's configuration but for the goal.
 
-    With `part` only those files of the backup, with `flushing` on their way to the disk already.
+    With `part` only those files of the backup, with `flushing` on their way to the disk already. `after_files`
+    is called when the files are there, before the WAL is where it depends on them.
     """
     if clone.plan.backup.tablespaces:
         files.make_folder(tablespaces, 0o711)
@@ -253,6 +259,7 @@ def fetch(
         # What a partial clone needs of the WAL depends on its files.
         wal = beside.submit(clone.fill_spool, clone.plan, None, workers) if part is None else None
         _fetch_files(clone, purpose, tablespaces, progress, workers, part, flushing)
+    after_files()
     if wal is None:
         clone.fill_spool(clone.plan, progress, workers)
     else:

@@ -80,7 +80,7 @@ class Gathering:
                 shapes = catalog.shapes([relation.oid for relation in found])
                 self._done.update(relation.file for relation in found)
                 for shape in shapes.values():
-                    self._read_before(catalog, shape, strict)
+                    self._read_before(clone, catalog, shape, strict)
 
     def _look(self, catalog: Catalog, database: int) -> list[Relation]:
         """The users' tables among the touched files; catalogs are noted."""
@@ -108,10 +108,10 @@ class Gathering:
         views = [r for f, r in self._relations.items() if r.kind == "m" and f in self._touched.files]
         self.notes += [f"rows of materialized view {r.schema}.{r.name} are not compared" for r in views]
 
-    def _read_before(self, catalog: Catalog, shape: TableShape, strict: bool) -> None:
+    def _read_before(self, clone: Standing, catalog: Catalog, shape: TableShape, strict: bool) -> None:
         number = self._numbers[shape.file]
         self.before[number] = shape
-        reader = Reader(catalog, shape)
+        reader = Reader(catalog, shape, clone.held(shape.file))
         if shape.file in self._touched.dropped:
             self._read_whole(reader, shape, number, BEFORE)
             return
@@ -192,7 +192,7 @@ class Gathering:
                 shapes = catalog.shapes([*known, *(relation.oid for relation in found)])
                 survivors |= {(catalog.database, oid) for oid in shapes}
                 for relation in found:
-                    self._read_after(catalog, shapes[relation.oid])
+                    self._read_after(clone, catalog, shapes[relation.oid])
         self._leave_out_dropped(survivors)
         self._store.move(self._moves())
         self._store.join()
@@ -200,10 +200,10 @@ class Gathering:
         if self.catalogs & LARGE_OBJECTS:
             self.unread.append(Unread("large objects", "their content is not compared"))
 
-    def _read_after(self, catalog: Catalog, shape: TableShape) -> None:
+    def _read_after(self, clone: Standing, catalog: Catalog, shape: TableShape) -> None:
         number = self._numbers[shape.file]
         self.after[number] = shape
-        reader = Reader(catalog, shape)
+        reader = Reader(catalog, shape, clone.held(shape.file))
         if shape.file in self._touched.created:
             self._read_whole(reader, shape, number, AFTER)
             return

@@ -29,7 +29,7 @@ from knockwood.history.standing import (
     commit_plan,
     just_before,
 )
-from knockwood.history.touched import ROW_LIMIT, ExclusiveLock, Touched, commits_between, touched
+from knockwood.history.touched import Decoded, ExclusiveLock, Touched, commits_between
 from knockwood.history.transaction import ColumnValue, Kind, RowChange, TableId, Transaction
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.repository.backups.model import Progress
@@ -128,7 +128,7 @@ def row_changes(
     transactions: Sequence[Transaction],
     *,
     table: tuple[str | None, str] | None = None,
-    limit: int = ROW_LIMIT,
+    decoded: Decoded | None = None,
     whole_limit: int = WHOLE_LIMIT,
     programs_for: ProgramsFor = find_programs,
     spawner: Spawner | None = None,
@@ -138,9 +138,10 @@ def row_changes(
 ) -> RowChanges:
     """The net row changes of one transaction, or of several that all commits of a range are (taken as one).
 
-    `table` (schema or None, name) leaves out all other tables. `spawner` makes the clones (by default whole,
+    `table` (schema or None, name) leaves out all other tables. `decoded` keeps what was read of the WAL, and its
+    limit of rows. `spawner` makes the clones (by default whole,
     throw-away ones); `position` is one to go on with, where it stands before all this, and is not closed.
-    Raises RefusedError above `limit` rows, where no backup is from before, or where a transaction may have
+    Raises RefusedError above that limit, where no backup is from before, or where a transaction may have
     begun before the archive; and what `resolve`, `spawn` and `touched` raise. A clone that is not what the
     WAL says is an InternalError.
     """
@@ -151,7 +152,7 @@ def row_changes(
     )
     programs = programs_for(plan.backup.major)
     require_whole(repository, programs, ordered, plan.chain[-1].start_lsn)
-    found = touched(repository, programs, ordered, limit=limit)
+    found = (decoded or Decoded(repository)).of(programs, ordered)
     groups = _lock_groups(repository, programs, found, first)
     if groups and groups[0][0].lsn < plan.backup.stop_lsn:
         plan = commit_plan(

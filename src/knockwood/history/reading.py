@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import psycopg
 
-from knockwood.errors import PostgresError, RefusedError
+from knockwood.errors import InternalError, PostgresError, RefusedError
 from knockwood.history.chains import Place, ctid, parse_place
 from knockwood.history.shapes import Catalog, ColumnShape, TableShape
 from knockwood.history.transaction import ColumnValue
@@ -47,11 +47,16 @@ def _selected(columns: Sequence[ColumnShape]) -> str:
 
 
 class Reader:
-    """Reads one table. Raises RefusedError where a transaction in progress at that point locks it."""
+    """Reads one table. Raises RefusedError where a transaction in progress at that point locks it.
 
-    def __init__(self, catalog: Catalog, shape: TableShape) -> None:
+    `held` are the blocks that the clone has of it, None all of them: what is not there reads as empty, so
+    nothing else is ever asked for.
+    """
+
+    def __init__(self, catalog: Catalog, shape: TableShape, held: frozenset[int] | None) -> None:
         self._connection = catalog.connection
         self._shape = shape
+        self._held = held
         self._from = f"from only {qualified(shape)} t"
         self._columns = _selected(shape.columns)
 
@@ -59,11 +64,13 @@ class Reader:
         """The visible rows among those places; in batches, so that large values do not add up."""
         source = iter(places)
         while batch := list(islice(source, _BATCH)):
+            self._require({where >> 16 for where in batch})
             for part in self._by_size(batch) if self._shape.toasted else [batch]:
                 yield from self._rows("where t.ctid = any(%s::tid[])", [_tids(part)])
 
     def all(self) -> Iterator[Row]:
         """Every visible row, block by block."""
+        self._require(None)
         step = 64 if self._shape.toasted else 512
         blocks = self._one(
             "select (pg_catalog.pg_relation_size(%s::oid) /"
@@ -75,8 +82,9 @@ class Reader:
                 "where t.ctid >= %s::tid and t.ctid < %s::tid", [f"({begin},0)", f"({begin + step},0)"]
             )
 
-    def written_by(self, blocks: Iterable[int], xids: frozenset[int]) -> Iterator[Place]:
+    def written_by(self, blocks: Collection[int], xids: frozenset[int]) -> Iterator[Place]:
         """Where rows lie in some blocks that the xids wrote."""
+        self._require(blocks)
         for block in sorted(blocks):
             found = self._fetch(
                 f"select t.ctid {self._from} where t.ctid >= %s::tid and t.ctid < %s::tid"
@@ -86,7 +94,13 @@ class Reader:
             yield from (parse_place(_text(row[0])) for row in found)
 
     def count(self) -> int:
+        self._require(None)
         return self._one(f"select pg_catalog.count(*) {self._from}", [])
+
+    def _require(self, blocks: Collection[int] | None) -> None:
+        """Raise InternalError unless the clone has these blocks (None: the whole table)."""
+        if self._held is not None and (blocks is None or not self._held.issuperset(blocks)):
+            raise InternalError(f"the clone does not have all that is asked of {self._shape.table}")
 
     def _by_size(self, batch: list[Place]) -> Iterator[list[Place]]:
         """Cut so that the stored bytes of a part stay bounded."""

@@ -73,6 +73,12 @@ class TouchedFile:
     vague: set[int] = field(default_factory=set)
     vague_rows: int = 0
 
+    @property
+    def blocks(self) -> set[int]:
+        """Where the rows lie, before and after."""
+        places = (place for net in self.chains.net() for place in (net.origin, net.head))
+        return self.vague | {place >> 16 for place in places if place is not None}
+
 
 @dataclass(slots=True)
 class Touched:
@@ -91,6 +97,22 @@ class Touched:
     @property
     def rows(self) -> int:
         return sum(len(file.chains) + file.vague_rows for file in self.files.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What groups of transactions touched, each group decoded once. `limit` as for `touched`."""
+
+    repository: Repository
+    limit: int = ROW_LIMIT
+    _found: dict[tuple[Lsn, ...], Touched] = field(default_factory=dict)
+
+    def of(self, programs: Programs, transactions: Sequence[Transaction]) -> Touched:
+        """What `touched` says of the group."""
+        key = tuple(sorted(transaction.commit_lsn for transaction in transactions))
+        if key not in self._found:
+            self._found[key] = touched(self.repository, programs, transactions, limit=self.limit)
+        return self._found[key]
 
 
 def touched(

@@ -14,7 +14,7 @@ from knockwood.history.gathering import Unread
 from knockwood.history.images import RowChanges, row_changes
 from knockwood.history.index import ArchiveIndex
 from knockwood.history.spawners import clones_for
-from knockwood.history.touched import ROW_LIMIT
+from knockwood.history.touched import ROW_LIMIT, Decoded
 from knockwood.history.transaction import RowChange, TableId, Transaction
 from knockwood.host import clock
 from knockwood.model import Lsn
@@ -118,15 +118,22 @@ def diff(
     if not transactions:
         return Difference(subject, (), (), (), (), (), tuple(notes), clock.monotonic() - began)
     registry = Registry(cluster.settings.proof.clones or cluster.state)
+    decoded = Decoded(repository, limit)
     tell("restoring a clone to just before")
     with row_changes(
         repository,
         transactions,
         table=name,
-        limit=limit,
+        decoded=decoded,
         programs_for=cluster.programs,
         spawner=clones_for(
-            repository, transactions, purpose="diff", programs_for=cluster.programs, registry=registry
+            repository,
+            transactions,
+            purpose="diff",
+            programs_for=cluster.programs,
+            registry=registry,
+            decoded=decoded,
+            together=True,
         ),
     ) as changes:
         tell("reading rows")

@@ -152,10 +152,14 @@ class PageRepairs:
     def _newest_images(
         self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
     ) -> Good:
-        key = (backup, target.owner_oid)
+        key = (backup, target.oid)
         clone = self._clones.get(key)
+        held = clone.held(target.node) if clone is not None else None
+        if held is not None and not held.issuperset(blocks):
+            self.forget(backup, target)
+            clone = None
         if clone is None:
-            clone = self._clones[key] = self.clone_at(backup, target)
+            clone = self._clones[key] = self.clone_at(backup, target, blocks=frozenset(blocks))
         whole = type(clone) is Clone  # others are shared or not complete: never opened for writes
         try:
             good = good_images(self.subject, clone, target, blocks, beyond=beyond, may_promote=whole)
@@ -184,7 +188,7 @@ class PageRepairs:
 
     def forget(self, backup: str, target: Target) -> None:
         """Destroy the clone of a backup that holds the target: the next one stands at a later point."""
-        clone = self._clones.pop((backup, target.owner_oid), None)
+        clone = self._clones.pop((backup, target.oid), None)
         if clone is not None:
             clone.destroy()
 
@@ -193,10 +197,13 @@ class PageRepairs:
         backup: str,
         target: Target,
         at: Callable[[RestorePlan], RestorePlan] = lambda plan: plan,
+        *,
+        blocks: frozenset[int] | None = None,
     ) -> Clone:
         """A clone with the target's table, at the point that `at` makes of the plan to the newest commit.
 
-        From the shadow where that can give one, else of the table alone, else of the whole backup.
+        From the shadow where that can give one, else of the table alone (with `blocks`, of these of the
+        target), else of the whole backup.
         """
         plan = at(self._newest(backup, target))
         registry = Registry(self.cluster.settings.proof.clones or self.cluster.state)
@@ -206,7 +213,11 @@ class PageRepairs:
         return spawn_for(
             self.repository,
             plan,
-            [RelationKey(target.database, oid=target.owner_oid)],
+            [
+                RelationKey(
+                    target.database, oid=target.owner_oid if blocks is None else target.oid, blocks=blocks
+                )
+            ],
             programs=self.cluster.programs(plan.backup.major),
             purpose="page repair",
             progress=self.progress,

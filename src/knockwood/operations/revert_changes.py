@@ -10,6 +10,7 @@ from knockwood.history.images import RowChanges, row_changes
 from knockwood.history.shapes import TableShape
 from knockwood.history.spawners import clones_for
 from knockwood.history.standing import Position, Standing
+from knockwood.history.touched import Decoded
 from knockwood.history.transaction import TableId, Transaction
 from knockwood.model import Lsn
 from knockwood.operations.cluster import Cluster
@@ -91,7 +92,15 @@ def changes_of(
     if half:
         return
     ordered = sorted(transactions, key=lambda one: one.commit_lsn)
-    cold = clones_for(repository, ordered, purpose="revert", programs_for=cluster.programs, registry=registry)
+    decoded = Decoded(repository)
+    cold = clones_for(
+        repository,
+        ordered,
+        purpose="revert",
+        programs_for=cluster.programs,
+        registry=registry,
+        decoded=decoded,
+    )
 
     def make(plan: RestorePlan) -> Standing:
         return clone_to_read(cluster, repository, plan, registry=registry) or cold(plan)
@@ -103,6 +112,7 @@ def changes_of(
             read = row_changes(
                 repository,
                 [one],
+                decoded=decoded,
                 programs_for=cluster.programs,
                 registry=registry,
                 spawner=make,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,6 +120,13 @@ def checksums_of(pages: NDArray[np.uint32], blocks: NDArray[np.uint32]) -> NDArr
         folded = np.bitwise_xor.reduce(sums, axis=1) ^ blocks[start : start + _BATCH]
         result[start : start + _BATCH] = folded % np.uint32(65535) + np.uint32(1)
     return result
+
+
+def checksums_at(page: Chunk, blocks: Sequence[int]) -> list[int]:
+    """The checksums that one page should have at each of some block numbers."""
+    folded = np.bitwise_xor.reduce(_sums(_pages(page)[:1]), axis=1)
+    found: list[int] = ((folded ^ np.array(blocks, np.uint32)) % np.uint32(65535) + np.uint32(1)).tolist()
+    return found
 
 
 def fitting_blocks(page: Chunk, count: int) -> list[int]:

@@ -102,7 +102,8 @@ class Part:
     def __init__(self, repository: Repository, chain: Sequence[Backup]) -> None:
         self._repository = repository
         self._last = chain[-1].id
-        self._indexes = {backup.id: read_index(repository, backup) for backup in chain}
+        self._links = [(backup, read_index(repository, backup)) for backup in chain]
+        self._indexes = {backup.id: index for backup, index in self._links}
         self._chosen: dict[str, list[StoredMember]] = {}
         self.files = {
             id: frozenset(file.server_path for path in index.members if (file := relation_file(path)))
@@ -127,6 +128,28 @@ class Part:
         """The size of all chosen files, uncompressed."""
         return sum(member.size for chosen in self._chosen.values() for member in chosen)
 
+    def blocks(self, path: str, blocks: Collection[int]) -> dict[int, bytes]:
+        """Those of some blocks of a relation's main fork that the chain holds, chosen or not."""
+        return _read_blocks(self._repository, self._links, path, blocks)
+
+    def pages(self, path: str) -> int:
+        """About how many pages the main fork at `path` has in the last backup: of an incremental one at least
+        those that it holds."""
+        index, total, segment = self._links[-1][1], 0, 0
+        while True:
+            name = segment_name(path, segment)
+            folder, _, base = name.rpartition("/")
+            whole = index.members.get(name)
+            changed = index.members.get(f"{folder}/INCREMENTAL.{base}")
+            if whole is not None:
+                total = segment * SEGMENT_PAGES + whole.size // PAGE_BYTES
+            elif changed is not None:
+                numbers, length = _incremental_blocks(self._repository, *self._links[-1], changed)
+                total = segment * SEGMENT_PAGES + max(length, *(number + 1 for number in numbers), 0)
+            else:
+                return total
+            segment += 1
+
     def extract(self, backup: Backup, extractor: Extractor, workers: int) -> None:
         """Write the chosen files of one backup of the chain."""
         index, chosen = self._indexes[backup.id], self._chosen[backup.id]
@@ -139,59 +162,97 @@ _IDENTITY = frozenset({"PG_VERSION", "global/pg_control", "backup_label"})
 def read_block(
     repository: Repository, backup: Backup, path: str, block: int, older: Sequence[Backup] = ()
 ) -> bytes:
-    """One page of a relation's fork (`path` as for its first segment, `block` counted within the fork).
+    """One page of a relation's fork; `read_blocks` for one that the backup must have.
 
-    An incremental backup needs the `older` ones that it builds on, the full one first. Raises
-    ObjectMissingError where the backup has no such block.
+    Raises ObjectMissingError where it has no such block.
     """
-    chain = (*older, backup)
-    _refuse_incremental(chain[0])
-    segment, within = divmod(block, SEGMENT_PAGES)
-    name = f"{path}.{segment}" if segment else path
-    folder, _, base = name.rpartition("/")
-    limit: int | None = None
-    for link in reversed(chain):
-        index = read_index(repository, link, (name, f"{folder}/INCREMENTAL.{base}"))
-        whole = index.members.get(name)
-        if whole is not None:
-            if (within + 1) * PAGE_BYTES > whole.size:
-                break
-            return _read_part(repository, link, index, whole, within * PAGE_BYTES, PAGE_BYTES)
-        changed = index.members.get(f"{folder}/INCREMENTAL.{base}")
-        if changed is None:
-            break
-        number, length, offset = _in_incremental(repository, link, index, changed, within)
-        if number is not None and (limit is None or within < limit):
-            return _read_part(repository, link, index, changed, offset, PAGE_BYTES)
-        # Blocks past the newest backup's length are gone, whatever earlier ones say.
-        limit = length if limit is None else limit
-        if within >= limit:
-            break
-    raise ObjectMissingError(f"the backup holds no block {block} of {path}", where=backup.id)
+    found = read_blocks(repository, backup, path, [block], older)
+    if block not in found:
+        raise ObjectMissingError(f"the backup holds no block {block} of {path}", where=backup.id)
+    return found[block]
 
 
 def read_blocks(
-    repository: Repository, backup: Backup, path: str, blocks: Collection[int]
+    repository: Repository,
+    backup: Backup,
+    path: str,
+    blocks: Collection[int],
+    older: Sequence[Backup] = (),
 ) -> dict[int, bytes]:
-    """Those of some pages of a relation's fork that a full backup holds; `path` and blocks as in `read_block`."""
-    _refuse_incremental(backup)
-    index = read_index(repository, backup, (path,))
-    by_pack: dict[int, list[tuple[int, int]]] = {}
-    for block in blocks:
-        segment, within = divmod(block, SEGMENT_PAGES)
-        member = index.members.get(f"{path}.{segment}" if segment else path)
-        if member is not None and (within + 1) * PAGE_BYTES <= member.size:
-            by_pack.setdefault(member.pack, []).append((member.offset + within * PAGE_BYTES, block))
+    """Those of some pages of a relation's fork that a backup holds.
+
+    `path` is that of the fork's first segment, blocks are counted within the fork. An incremental backup needs
+    the `older` ones that it builds on, the full one first.
+    """
+    _refuse_incremental((*older, backup)[0])
+    folder, _, name = path.rpartition("/")
+    under = (path, f"{folder}/INCREMENTAL.{name}")
+    chain = [(link, read_index(repository, link, under)) for link in (*older, backup)]
+    return _read_blocks(repository, chain, path, blocks)
+
+
+def _read_blocks(
+    repository: Repository, chain: Sequence[tuple[Backup, MemberIndex]], path: str, blocks: Collection[int]
+) -> dict[int, bytes]:
+    """From the newest backup on, each block where it was written last."""
     found: dict[int, bytes] = {}
-    for number, places in by_pack.items():
-        places.sort()
-        reader = _Reader(repository, backup, index.packs[number])
-        data = b"".join(reader.read([(offset, PAGE_BYTES) for offset, _ in places]))
-        if len(data) != PAGE_BYTES * len(places):
-            raise ObjectDamagedError("the backup's pack ends too early", where=index.packs[number].name)
-        for at, (_, block) in enumerate(places):
-            found[block] = data[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
+    wanted: dict[int, set[int]] = {}
+    for block in blocks:
+        wanted.setdefault(block // SEGMENT_PAGES, set()).add(block % SEGMENT_PAGES)
+    for link, index in reversed(chain):
+        places: dict[int, list[tuple[int, int]]] = {}
+        for segment, left in wanted.items():
+            for within, pack, offset in _places_in(
+                repository, link, index, segment_name(path, segment), left
+            ):
+                places.setdefault(pack, []).append((offset, segment * SEGMENT_PAGES + within))
+        for number, some in places.items():
+            found |= _read_pages(repository, link, index.packs[number], sorted(some))
     return found
+
+
+def segment_name(path: str, segment: int) -> str:
+    """The file of a fork's segment, as PostgreSQL names it."""
+    return f"{path}.{segment}" if segment else path
+
+
+def _places_in(
+    repository: Repository, link: Backup, index: MemberIndex, name: str, left: set[int]
+) -> list[tuple[int, int, int]]:
+    """Which of the blocks `left` of a segment this backup holds: block, pack, offset. They are taken out of
+    `left`, and so are those that no older backup can have either."""
+    if not left:
+        return []
+    whole = index.members.get(name)
+    if whole is not None:
+        held = [block for block in left if (block + 1) * PAGE_BYTES <= whole.size]
+        left.clear()
+        return [(block, whole.pack, whole.offset + block * PAGE_BYTES) for block in held]
+    folder, _, base = name.rpartition("/")
+    changed = index.members.get(f"{folder}/INCREMENTAL.{base}")
+    if changed is None:
+        left.clear()
+        return []
+    numbers, length = _incremental_blocks(repository, link, index, changed)
+    # The pages are the end of the file, whatever the padding before them.
+    first = changed.offset + changed.size - len(numbers) * PAGE_BYTES
+    places = [
+        (block, changed.pack, first + at * PAGE_BYTES) for at, block in enumerate(numbers) if block in left
+    ]
+    left.difference_update(numbers)
+    # Blocks past this backup's length are gone, whatever earlier ones say.
+    left.difference_update([block for block in left if block >= length])
+    return places
+
+
+def _read_pages(
+    repository: Repository, backup: Backup, pack: StoredPack, places: list[tuple[int, int]]
+) -> dict[int, bytes]:
+    reader = _Reader(repository, backup, pack)
+    data = b"".join(reader.read([(offset, PAGE_BYTES) for offset, _ in places]))
+    if len(data) != PAGE_BYTES * len(places):
+        raise ObjectDamagedError("the backup's pack ends too early", where=pack.name)
+    return {block: data[at * PAGE_BYTES : (at + 1) * PAGE_BYTES] for at, (_, block) in enumerate(places)}
 
 
 def _refuse_incremental(backup: Backup) -> None:
@@ -203,10 +264,10 @@ def _refuse_incremental(backup: Backup) -> None:
         )
 
 
-def _in_incremental(
-    repository: Repository, backup: Backup, index: MemberIndex, member: StoredMember, block: int
-) -> tuple[int | None, int, int]:
-    """Which of an incremental file's pages is `block` (or None), the length it states, and the page's place.
+def _incremental_blocks(
+    repository: Repository, backup: Backup, index: MemberIndex, member: StoredMember
+) -> tuple[tuple[int, ...], int]:
+    """The blocks in an incremental file, in the order of its pages, and the length in blocks that it states.
 
     The format is of src/include/backup/basebackup_incremental.h: magic, count, length, block numbers.
     """
@@ -215,11 +276,7 @@ def _in_incremental(
     if magic != _INCREMENTAL_MAGIC or 12 + 4 * count > member.size:
         raise ObjectDamagedError("not an incremental file", where=member.path)
     numbers = struct.unpack(f"<{count}I", _read_part(repository, backup, index, member, 12, 4 * count))
-    if block not in numbers:
-        return None, length, 0
-    # The pages are the end of the file, whatever the padding before them.
-    position = numbers.index(block)
-    return position, length, member.size - (count - position) * PAGE_BYTES
+    return numbers, length
 
 
 _INCREMENTAL_MAGIC = 0xD3AE1F0D
