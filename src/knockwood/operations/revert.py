@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from knockwood.clone.registry import Registry
@@ -20,10 +19,10 @@ from knockwood.operations.revert_changes import Gathered, changes_of, keys_of
 from knockwood.recover import execute as execution
 from knockwood.recover.execute import StepProgress, Unfinished
 from knockwood.recover.plan.rows import Conflict, Mode
-from knockwood.recover.revert_apply import LABEL, RevertHandler
+from knockwood.recover.revert_apply import LABEL, RevertHandler, request_of
 from knockwood.recover.revert_examine import Examined, Request, examine
 from knockwood.recover.revert_plan import KIND, Dependent, dependents, make_plan
-from knockwood.recover.revert_spool import load, store
+from knockwood.recover.revert_spool import store
 
 MAX_LOCK_WAIT: Final = 5.0
 """Seconds that a revert waits for a row or table that somebody holds."""
@@ -84,6 +83,7 @@ class Proposal:
     nothing: bool = False
     notes: tuple[str, ...] = ()
     request: Request | None = field(default=None, repr=False)
+    examined: Examined | None = field(default=None, repr=False)
 
     @property
     def refused(self) -> bool:
@@ -134,12 +134,13 @@ def execute(
     on_step: OnStep | None = None,
 ) -> Executed:
     """Carry an approved plan out in one transaction, and hold the rows against it once more afterwards."""
+    foreseen = (proposal.request, proposal.examined) if proposal.request and proposal.examined else None
     recovery = execution.execute(
         proposal.plan,
-        [handler(cluster)],
+        [handler(cluster, foreseen)],
         cluster.state,
         approve=approve or proposal.plan.id,
-        verify=lambda: verify(cluster, proposal.plan),
+        verify=lambda: verify(cluster, proposal.plan, proposal.request),
         progress=on_step,
     )
     return _executed(proposal.plan, recovery)
@@ -171,8 +172,8 @@ def _clones(cluster: Cluster) -> Registry:
     return Registry(cluster.settings.proof.clones or cluster.state)
 
 
-def handler(cluster: Cluster) -> RevertHandler:
-    """What executes steps of the kind `revert`."""
+def handler(cluster: Cluster, foreseen: tuple[Request, Examined] | None = None) -> RevertHandler:
+    """What executes steps of the kind `revert`; `foreseen` is what the plan was just made from."""
 
     def adjusted_before(xids: Sequence[int]) -> str | None:
         """Why counters must not be adjusted: another run may have done it since the plan was made."""
@@ -182,7 +183,9 @@ def handler(cluster: Cluster) -> RevertHandler:
         index = ArchiveIndex.open(repository, programs_for=cluster.programs)
         return "; ".join(reverted_before(index, _named(index, xids))) or None
 
-    return RevertHandler(cluster.dsn, cluster.invariants(), adjusted_before=adjusted_before)
+    return RevertHandler(
+        cluster.dsn, cluster.invariants(), adjusted_before=adjusted_before, foreseen=foreseen
+    )
 
 
 def reverted_before(index: ArchiveIndex, transactions: Sequence[Transaction]) -> list[str]:
@@ -198,27 +201,25 @@ def reverted_before(index: ArchiveIndex, transactions: Sequence[Transaction]) ->
     return [f"{one.xid} was reverted by {active[one.xid]}" for one in transactions if one.xid in active]
 
 
-def verify(cluster: Cluster, plan: Plan) -> tuple[Claim, ...]:
-    """The rows held against the transactions again, and the invariants; never an error, never green by default."""
+def verify(cluster: Cluster, plan: Plan, request: Request | None = None) -> tuple[Claim, ...]:
+    """The rows held against the transactions again, and the invariants; never an error, never green by default.
+
+    `request` is what the plan was made from, where it is still at hand.
+    """
     claims: list[Claim] = []
     for step in plan.steps:
         if step.kind != KIND:
             continue
         name = f"rows of {', '.join(map(str, step.arguments['xids']))} are as before"
         try:
-            claims.append(_rows_back(cluster, name, step.arguments))
+            claims.append(_rows_back(cluster, name, request or request_of(step.arguments)))
         except KnockwoodError as error:
             claims.append(Claim(name, Verdict.NOT_CHECKED, str(error)))
     return tuple(claims)
 
 
-def _rows_back(cluster: Cluster, name: str, arguments: Any) -> Claim:
+def _rows_back(cluster: Cluster, name: str, request: Request) -> Claim:
     """Whether nothing is left to be written. Counters are left out: their sum cannot tell."""
-    request = Request(
-        load(Path(arguments["changes"]), arguments["sha256"]),
-        Mode(arguments["mode"]),
-        tuple(arguments["counters"]),
-    )
     examined = _examined(cluster, request)
     left = [
         each for each in examined.operations if set(each.columns) - set(each.deltas) or each.kind != "set"
@@ -365,6 +366,7 @@ class _Proposing:
             nothing=not examined.operations and not examined.conflicts and not examined.waived,
             notes=tuple(self.notes),
             request=request,
+            examined=examined,
         )
 
     def _known(self, dependent: Dependent) -> Known:

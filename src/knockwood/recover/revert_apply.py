@@ -69,7 +69,9 @@ class RevertHandler:
 
     `reached` is told each point that a kill may come at. `max_lock_wait` (seconds) of the step bounds every
     wait for a lock; a deadlock is tried again a few times. `adjusted_before` says why the counters of some
-    transactions must not be adjusted, since nothing in the rows tells that they were already.
+    transactions must not be adjusted, since nothing in the rows tells that they were already. `foreseen` is what
+    the plan was made from, if that was just now: the first attempt does not examine the rows again before it
+    locks them and holds them against it.
     """
 
     kind = KIND
@@ -81,8 +83,10 @@ class RevertHandler:
         *,
         adjusted_before: AdjustedBefore | None = None,
         reached: Reached = _nowhere,
+        foreseen: tuple[Request, Examined] | None = None,
     ) -> None:
         self._dsn = dsn
+        self._foreseen = foreseen
         self._adjusted_before = adjusted_before
         self._invariants = invariants
         self._reached = reached
@@ -91,11 +95,7 @@ class RevertHandler:
     def run(self, step: Step, journal: StepJournal) -> StepResult:
         """Revert in one transaction, or find that an earlier run has committed it."""
         arguments = step.arguments
-        request = Request(
-            load(Path(arguments["changes"]), arguments["sha256"]),
-            Mode(arguments["mode"]),
-            tuple(arguments["counters"]),
-        )
+        request = self._foreseen[0] if self._foreseen else request_of(arguments)
         label = f"{LABEL} {', '.join(str(xid) for xid in arguments['xids'])}"
         return self._do(_Work(step, journal, request, label, arguments["digest"], "commit"))
 
@@ -224,6 +224,10 @@ class RevertHandler:
 
     def _foresee(self, connection: Connection, work: _Work) -> Examined:
         """Examine once more without locks, so that little is left to do under them."""
+        if self._foreseen is not None:
+            examined, self._foreseen = self._foreseen[1], None
+            _require_same(work, examined)
+            return examined
         with _transaction(connection, "isolation level repeatable read, read only"):
             examined = examine(connection, work.request)
         _require_same(work, examined)
@@ -323,6 +327,15 @@ class RevertHandler:
         xid = str(rows(connection, "select pg_catalog.pg_current_xact_id()::pg_catalog.text")[0][0])
         counts = {str(table): kinds for table, kinds in examined.counts.items()}
         return {"xid": xid, "rows": written, "tables": counts}
+
+
+def request_of(arguments: Mapping[str, Any]) -> Request:
+    """What a step asks for, its changes read from the file that the plan names. Raises HostError."""
+    return Request(
+        load(Path(arguments["changes"]), arguments["sha256"]),
+        Mode(arguments["mode"]),
+        tuple(arguments["counters"]),
+    )
 
 
 @contextmanager
