@@ -94,9 +94,14 @@ def failure(log: str, goal: Goal, where: str) -> PostgresError | NoSpaceError:
     return RecoveryFailedError(f"the server ended before {goal}: {last}", where=where)
 
 
+def complaints(log: str) -> list[str]:
+    """What replay found wrong with the WAL, also that it ends."""
+    return [text for text in messages(log) if _BAD_WAL.search(text)]
+
+
 def _reached(log: str) -> str:
     """The last thing replay knew before it ran out, for the text of an error."""
-    bad = [text for text in messages(log) if _BAD_WAL.search(text)]
+    bad = complaints(log)
     return f": {bad[-1]}" if bad else ""
 
 

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from knockwood.clone import goal as goals
+from knockwood.clone.feed import FedRecovery
+from knockwood.clone.goal import Goal
 from knockwood.clone.partial_files import RelationKey, Selection, select
 from knockwood.clone.partial_wal import Locator, WalFilter, locator_of
 from knockwood.clone.pieces import Piece, stub
+from knockwood.clone.recovery import Recovery
 from knockwood.clone.registry import Registry, sign
 from knockwood.clone.spawn import Clone, Report, fetch, make, spawn
 from knockwood.clone.workspace import Workspace
@@ -29,7 +32,7 @@ from knockwood.errors import (
     ProgramFailedError,
     RefusedError,
 )
-from knockwood.host import files, privileges
+from knockwood.host import clock, files, privileges
 from knockwood.host.privileges import Account
 from knockwood.model.wal import Lsn
 from knockwood.postgres.binaries import Programs, find_programs
@@ -105,8 +108,34 @@ class PartialClone(Clone):
         if self.wal_filter.reached is not None:
             start = min([self.wal_filter.reached, *renewed])
         self.wal_filter.apply([piece.segment for piece in plan.wal], start, plan.target_lsn)
-        for part in self.wal_filter.pieces.values():
+        pieces = self.wal_filter.pieces.values()
+        if self.server.running and any(piece.outgrows(self.data_directory) for piece in pieces):
+            # A server in recovery remembers how long a file is.
+            self.recovery.settle()
+        for part in pieces:
             part.guard(self.data_directory, self.workspace.account)
+
+    def advance(self, plan: RestorePlan, progress: Report | None = None) -> Lsn:
+        """Replay on to a later goal, without a restart where that can be."""
+        if not isinstance(self.recovery, FedRecovery) or plan.target_lsn is None:
+            return Clone.advance(self, plan, progress)
+        self._require_onward(plan)
+        if self.server.running and plan.timeline != self.plan.timeline:
+            self.recovery.settle()
+        self.fill_spool(plan, progress)
+        self.plan = plan
+        self.recovery.segments = tuple(piece.segment for piece in plan.wal)
+        if not self.server.running:
+            return self.replay(progress)
+        began = clock.monotonic()
+        try:
+            self.reached_lsn = self.recovery.step(Goal.of(plan))
+        except BaseException:
+            self.server.stop("immediate")
+            raise
+        self.timings.replay = clock.monotonic() - began
+        _prove(self)
+        return self.reached_lsn
 
     def replay(self, progress: Report | None = None) -> Lsn:
         """Run recovery to the plan's goal, and prove that nothing incomplete can be read there."""
@@ -175,6 +204,8 @@ def spawn_partial(
             part=part,
             after_files=lambda: _write_pieces(clone, selection),
         )
+        if plan.target_lsn is not None:
+            clone.recovery = _fed(clone.recovery, plan)
         clone.recovery.settings |= goals.throw_away_settings(True)
         # Looking ahead at blocks that are not here would only cost.
         clone.recovery.settings |= {"recovery_prefetch": "off"} if programs.major >= 15 else {}
@@ -256,6 +287,11 @@ def _filter(clone: Clone, plan: RestorePlan, selection: Selection, part: Part) -
     present, absent = selection.split(part.files[plan.backup.id])
     pieces = {place: Piece(cut.path, cut.blocks, cut.pages) for place, cut in selection.cuts.items()}
     return WalFilter(clone.programs, clone.spool.folder, plan.backup.segment_bytes, present, absent, pieces)
+
+
+def _fed(recovery: Recovery, plan: RestorePlan) -> FedRecovery:
+    known = {name: getattr(recovery, name) for name in Recovery.__dataclass_fields__ if name[0] != "_"}
+    return FedRecovery(**known, segments=tuple(piece.segment for piece in plan.wal))
 
 
 def _write_pieces(clone: PartialClone, selection: Selection) -> None:

@@ -74,6 +74,14 @@ class Piece:
         _lengthen(data_directory, self.path, max([self.pages, *(block + 1 for block in content)]), account)
         _write(data_directory, self.path, content.items())
 
+    def outgrows(self, data_directory: Path) -> bool:
+        """Whether a fence that is not there yet lies beyond the end of its file."""
+        return any(
+            _length(data_directory, f"{self.path}_{fork}" if fork else self.path, block)
+            <= block % SEGMENT_PAGES
+            for fork, block in self.fenced - self._fences
+        )
+
     def guard(self, data_directory: Path, account: Account | None) -> None:
         """Write the fences and bars that are not there yet; the server is down.
 
@@ -90,6 +98,14 @@ class Piece:
         _write(data_directory, self.path, ((block, bar()) for block in bars))
         self._fences.update(self.fenced)
         self._bars.update(bars)
+
+
+def _length(data_directory: Path, path: str, block: int) -> int:
+    """How many pages the segment has that a block belongs to."""
+    try:
+        return (data_directory / segment_name(path, block // SEGMENT_PAGES)).stat().st_size // PAGE_BYTES
+    except FileNotFoundError:
+        return 0
 
 
 def _lengthen(data_directory: Path, path: str, pages: int, account: Account | None) -> None:

@@ -106,12 +106,7 @@ class Recovery:
         leading = goals.recovery_settings(goal, workspace.spool, linked=self.linked)
         workspace.configure(self.settings | leading)
         self._log_offset = workspace.log.stat().st_size if workspace.log.exists() else 0
-        # The socket's folder has a name that is known before it exists: who finds us dead removes it.
-        with files.translated(self.socket_directory):
-            self.socket_directory.mkdir(mode=0o700, exist_ok=True)
-            privileges.give(self.socket_directory, workspace.account)
-        self.server.socket_directory = self.socket_directory
-        self.server.start(until="launched")
+        self._launch()
         self._follow(goal, watch)
         with self._connect(goal) as connection:
             if promote:
@@ -124,6 +119,14 @@ class Recovery:
                     goal,
                 )
             return self._assert_there(connection, goal, promote)
+
+    def _launch(self) -> None:
+        # The socket's folder has a name that is known before it exists: who finds us dead removes it.
+        with files.translated(self.socket_directory):
+            self.socket_directory.mkdir(mode=0o700, exist_ok=True)
+            privileges.give(self.socket_directory, self.workspace.account)
+        self.server.socket_directory = self.socket_directory
+        self.server.start(until="launched")
 
     def _follow(self, goal: Goal, watch: Watch | None) -> None:
         """Wait until recovery says that it stops; raise what the log tells if the server ends before."""
@@ -222,6 +225,10 @@ class Recovery:
         if _one(connection, "select pg_catalog.pg_is_in_recovery()") == promote:
             raise self._failed("the server was promoted although it had to pause")
         logs.check_stop(self._log(), goal)
+        return self._replayed(connection, goal)
+
+    def _replayed(self, connection: Connection, goal: Goal) -> Lsn:
+        """The last position replayed; RecoveryFailedError unless the goal lies there."""
         reached = Lsn.parse(_one(connection, "select pg_catalog.pg_last_wal_replay_lsn()::text"))
         if goal.lsn is None:
             right = reached >= goal.consistent

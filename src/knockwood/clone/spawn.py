@@ -98,6 +98,14 @@ class Clone:
 
         Raises RefusedError for an earlier goal or a promoted clone: those need a clone of their own.
         """
+        self._require_onward(plan)
+        if self.server.running:
+            self.recovery.settle()
+        self.fill_spool(plan, progress)
+        self.plan = plan
+        return self.replay(progress)
+
+    def _require_onward(self, plan: RestorePlan) -> None:
         if self.promoted:
             raise RefusedError("a promoted clone cannot replay on", hint="make a new clone instead")
         system = self.plan.backup.system_identifier
@@ -108,11 +116,6 @@ class Clone:
                 f"the clone has replayed to {self.reached_lsn} already, past {Goal.of(plan)}",
                 hint="make a new clone for the earlier point",
             )
-        if self.server.running:
-            self.recovery.settle()
-        self.fill_spool(plan, progress)
-        self.plan = plan
-        return self.replay(progress)
 
     def fill_spool(self, plan: RestorePlan, progress: Report | None = None, workers: int = 4) -> None:
         """Fetch the plan's WAL and histories, and refuse WAL that would write outside of the clone."""

@@ -106,6 +106,12 @@ class Workspace:
             self.write(self.root / "ident.conf", "")
             self.write(self.data / "recovery.signal", "")
 
+    def follow(self) -> None:
+        """Make the server a standby, which waits for more WAL where it ends."""
+        with files.translated(self.data):
+            (self.data / "recovery.signal").unlink(missing_ok=True)
+        self.write(self.data / "standby.signal", "")
+
     def permit_promotion(self) -> None:
         """Let recovery end in a promotion (see `goal.restore_command`)."""
         self.write(self.spool / "promote", "")
