@@ -291,6 +291,8 @@ class Repairs:
     def shadow(self) -> Iterator[None]:
         """`knockwood shadow run` in the background, caught up."""
         ours = self.site.knockwood
+        settings = ours.settings.read_text()
+        ours.settings.write_text(f'{settings}\n[cluster.gap.shadow]\nenabled = true\nbehind = "0s"\n')
         child = processes.start(ours.command("shadow", "run"), env=dict(os.environ) | ours.environment())
         try:
             wait_until(self._followed, "the shadow to follow", 900)
@@ -299,8 +301,9 @@ class Repairs:
             processes.stop(child, grace=30)
 
     def _followed(self) -> bool:
+        # Without checks of its own its verdict is 'not checked'.
         said = self.site.knockwood.run("shadow", "status", "--json")
-        return said.ok and bool(json.loads(said.out).get("reached_lsn"))
+        return bool(said.out and json.loads(said.out).get("reached_lsn"))
 
     def _accounts(self) -> int:
         return self.site.options.scale * 100_000

@@ -270,21 +270,25 @@ def test_pages_last_written_before_the_backup(new_server: ServerFactory) -> None
 
 def test_pages_that_nobody_has_changed_need_no_clone(new_server: ServerFactory) -> None:
     """They come from the backup, unless the WAL names them or has cut the table short."""
-    server = new_server(18)
+    server = new_server(18, summarize_wal="on")
     with site_of(server) as site:
         subject = site.cluster.subject(Budget(), repository=site.repository)
-        [backup] = list_backups(site.repository)
         target = site.target("other")
         site.settle()
         pages = {block: site.page(target.path, block) for block in (1, 3, 5)}
         site.sql("update other set body = 'new' where ctid = '(3,1)'")
 
         def cold(beyond: dict[int, Lsn]) -> dict[int, bytes]:
-            good = cold_images(subject, site.repository, backup, target, [1, 3, 5, 9999], beyond)
+            chain = list_backups(site.repository)
+            good = cold_images(subject, site.repository, chain, target, [1, 3, 5, 9999], beyond)
             return dict(good.images) if good else {}
 
         assert cold({}) == {1: pages[1], 5: pages[5]}
         assert cold({5: decode_header(pages[5]).lsn}) == {1: pages[1]}
+        # Of an incremental backup what changed comes from it, all else from the full one.
+        take(site.cluster, site.repository, incremental=True)
+        site.settle()
+        assert cold({}) == pages | {3: site.page(target.path, 3)}
         site.sql("delete from other where ctid >= '(20,0)'")
         site.sql("vacuum (truncate on) other")
         assert cold({}) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from knockwood.repository.backups.partial import read_block
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
+    from knockwood.repository.targets import RestorePlan
 
 _SHOP = """
 create table wanted (id bigserial primary key, v text, big text);
@@ -310,27 +312,20 @@ def test_some_blocks_of_a_large_table(new_server: ServerFactory, version: int, i
         blocks = frozenset([3, 4, 50, 51, 333, pages - 1, *range(0, pages, 17)])
         wanted = replace(key("large"), blocks=blocks)
 
-        def of_blocks(dsn: str) -> list[object]:
-            # One by one: a scan of the whole table would meet what is not there.
-            ask = "select ctid::text || t::text from large t where ctid >= '({},0)' and ctid < '({},0)'"
-            with connect(dsn) as connection:
-                found = [connection.execute(ask.format(b, b + 1).encode()).fetchall() for b in sorted(blocks)]
-            return [row[0] for some in found for row in some]
-
-        before = of_blocks(server.dsn())
+        before = _of_blocks(server.dsn(), sorted(blocks))
         xid = made.insert(1)
         plan = made.plan(f"before-{xid}")
         made.execute(
             "update large set n = -n, filler = 'w' where id % 50 = 0; delete from large where id % 31 = 0"
         )
-        after = of_blocks(server.dsn())
+        after = _of_blocks(server.dsn(), sorted(blocks))
         with spawn_partial(made.repository, plan, [wanted], purpose="test", registry=made.registry) as clone:
             place = locator_of(one(clone.dsn(), "select pg_relation_filepath('large')"))
             assert place is not None
             assert clone.held(place) == blocks
             assert clone.wal_filter is not None
             assert clone.wal_filter.pieces[place].fenced
-            assert of_blocks(clone.dsn()) == before
+            assert _of_blocks(clone.dsn(), sorted(blocks)) == before
             with connect(clone.dsn()) as connection:
                 for setting in (
                     "enable_seqscan",
@@ -342,7 +337,7 @@ def test_some_blocks_of_a_large_table(new_server: ServerFactory, version: int, i
                     with pytest.raises(psycopg.Error, match=r"invalid page|unexpected zero page|could not"):
                         connection.execute("select count(*), max(filler) from large where n > 0")
             clone.advance(made.plan("latest"))
-            assert of_blocks(clone.dsn()) == after
+            assert _of_blocks(clone.dsn(), sorted(blocks)) == after
         assert made.registry.records() == []
 
 
@@ -361,3 +356,71 @@ def test_where_blocks_cannot_be_cut_out_the_table_comes_whole(new_server: Server
             assert isinstance(clone, PartialClone)
             assert content(clone.dsn(), "large") == content(server.dsn(), "large")
             assert rows(clone.dsn(), "select id from small") == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("version", [15, 17, 18])
+def test_blocks_after_random_work_are_those_of_the_server(
+    new_server: ServerFactory, version: int, seed: int
+) -> None:
+    chance = random.Random(seed)
+    server = new_server(version, segment_megabytes=1, autovacuum="off")
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.execute(_LARGE)
+        made.execute("vacuum large")
+        made.backup()
+        plans: list[tuple[RestorePlan, list[object]]] = []
+        blocks = frozenset(chance.sample(range(700), 60))
+        for step in range(12):
+            _random_work(made, chance, step)
+            xid = made.insert(step)
+            pages = one(server.dsn(), "select pg_relation_size('large') / 8192")
+            here = sorted(block for block in blocks if block < pages)
+            if chance.random() < 0.4:
+                plans.append((made.plan(f"before-{xid}"), _of_blocks(server.dsn(), here)))
+        plans.append((made.plan("latest"), _of_blocks(server.dsn(), sorted(blocks))))
+        wanted = replace(key("large"), blocks=blocks)
+        clone: PartialClone | None = None
+        try:
+            for plan, expected in plans:
+                if clone is None:
+                    clone = spawn_partial(
+                        made.repository, plan, [wanted], purpose="test", registry=made.registry
+                    )
+                else:
+                    clone.advance(plan)
+                assert _of_blocks(clone.dsn(), sorted(blocks)) == expected
+        finally:
+            if clone is not None:
+                clone.destroy()
+
+
+def _random_work(made: Protected, chance: random.Random, step: int) -> None:
+    """Some transactions by several sessions at once, and what a server does beside."""
+    low, many = chance.randrange(1, 40000), chance.choice([1, 20, 3000])
+    statements = [
+        f"update large set n = n + 1 where id between {low} and {low + many}",
+        f"update large set filler = repeat('q', {chance.randrange(50, 900)}) where id % 400 = {step}",
+        f"delete from large where id between {low} and {low + many // 4}",
+        (
+            f"insert into large select i, i, repeat('z', 90) from generate_series({10**6 + step * 5000},"
+            f" {10**6 + step * 5000 + many}) i"
+        ),
+        f"select count(*) from (select 1 from large where id between {low} and {low + 50} for share) s",
+        f"begin; update large set n = -1 where id between {low} and {low + many}; rollback",
+        "set enable_seqscan = off; select sum(n) from large where id % 7 = 0",
+    ]
+    for statement in chance.sample(statements, 4):
+        made.execute(statement)
+    for command in ("checkpoint", "vacuum large", "vacuum (freeze) large", "vacuum (truncate off) large"):
+        if chance.random() < 0.25:
+            made.execute(command)
+
+
+def _of_blocks(dsn: str, blocks: list[int]) -> list[object]:
+    """The rows of some blocks, asked one by one: a scan of the whole table would meet what is not there."""
+    ask = "select ctid::text || t::text from large t where ctid >= '({},0)' and ctid < '({},0)'"
+    with connect(dsn) as connection:
+        found = [connection.execute(ask.format(b, b + 1).encode()).fetchall() for b in blocks]
+    return [row[0] for some in found for row in some]

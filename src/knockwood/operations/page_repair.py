@@ -47,7 +47,7 @@ from knockwood.recover.pages_session import Patience
 from knockwood.recover.pages_write import Images, OutdatedError, Repaired, repair, standbys
 from knockwood.recover.plan.pages import Procedure
 from knockwood.repository.backups.listing import list_backups
-from knockwood.repository.backups.model import Progress
+from knockwood.repository.backups.model import Progress, chain
 from knockwood.repository.plans import RestorePlan
 from knockwood.repository.repository import Repository
 from knockwood.repository.targets import Latest, resolve
@@ -144,10 +144,10 @@ class PageRepairs:
         self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
     ) -> Good | None:
         """What needs no clone, because the backup has it as it is to be."""
-        chosen = [each for each in list_backups(self.repository) if each.id == backup]
-        if not chosen:
+        known = list_backups(self.repository)
+        if all(each.id != backup for each in known):
             return None
-        return cold_images(self.subject, self.repository, chosen[0], target, blocks, beyond)
+        return cold_images(self.subject, self.repository, chain(known, backup), target, blocks, beyond)
 
     def _newest_images(
         self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]

@@ -6,7 +6,7 @@ the same rule as a clone's images (`pages_images`), which for a page that no WAL
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from knockwood.errors import KnockwoodError
@@ -27,17 +27,19 @@ _NONE: Final[frozenset[int]] = frozenset()
 def cold_images(
     subject: Subject,
     repository: Repository,
-    backup: Backup,
+    chain: Sequence[Backup],
     target: Target,
     blocks: Collection[int],
     beyond: Mapping[int, Lsn],
 ) -> Good | None:
-    """Images of those of the blocks that the WAL since a full backup does not name; None if there are none.
+    """Images of those of the blocks that the WAL since a backup does not name; None if there are none.
 
-    Nothing is taken from the backup where the WAL since has made, dropped or truncated the relation, or cannot
-    be read: that is left to a clone, which replays it. So are pages that are empty in the backup.
+    `chain` ends with the backup, and begins with the full one that it builds on. Nothing is taken from the backup
+    where the WAL since has made, dropped or truncated the relation, or cannot be read: that is left to a clone,
+    which replays it. So are pages that are empty in the backup.
     """
-    if backup.kind != "full" or backup.timeline != subject.facts.timeline:
+    backup = chain[-1]
+    if backup.timeline != subject.facts.timeline:
         return None
     until = facts.flush_wal(subject, target.database)
     came_or_went: list[RelationEvent] = []
@@ -54,7 +56,7 @@ def cold_images(
     if not cold or came_or_went:
         return None
     try:
-        found = read_blocks(repository, backup, target.path, cold)
+        found = read_blocks(repository, backup, target.path, cold, chain[:-1])
     except KnockwoodError:
         return None  # what is wrong with the backup a clone of it finds, and says
     images = {
