@@ -204,12 +204,7 @@ def spawn_partial(
             part=part,
             after_files=lambda: _write_pieces(clone, selection),
         )
-        if plan.target_lsn is not None:
-            clone.recovery = _fed(clone.recovery, plan)
-        clone.recovery.settings |= goals.throw_away_settings(True)
-        # Looking ahead at blocks that are not here would only cost.
-        clone.recovery.settings |= {"recovery_prefetch": "off"} if programs.major >= 15 else {}
-        clone.recovery.settings |= dict(settings or {})
+        _configure(clone, settings or {})
         clone.replay(progress)
     except BaseException:
         clone.destroy()
@@ -287,6 +282,15 @@ def _filter(clone: Clone, plan: RestorePlan, selection: Selection, part: Part) -
     present, absent = selection.split(part.files[plan.backup.id])
     pieces = {place: Piece(cut.path, cut.blocks, cut.pages) for place, cut in selection.cuts.items()}
     return WalFilter(clone.programs, clone.spool.folder, plan.backup.segment_bytes, present, absent, pieces)
+
+
+def _configure(clone: PartialClone, settings: Mapping[str, str]) -> None:
+    if clone.plan.target_lsn is not None:
+        clone.recovery = _fed(clone.recovery, clone.plan)
+    clone.recovery.settings |= goals.throw_away_settings(True)
+    # Looking ahead at blocks that are not here would only cost.
+    clone.recovery.settings |= {"recovery_prefetch": "off"} if clone.programs.major >= 15 else {}
+    clone.recovery.settings |= settings
 
 
 def _fed(recovery: Recovery, plan: RestorePlan) -> FedRecovery:

@@ -120,21 +120,12 @@ def diff(
     registry = Registry(cluster.settings.proof.clones or cluster.state)
     decoded = Decoded(repository, limit)
     tell("restoring a clone to just before")
+    spawner = clones_for(
+        repository, transactions, purpose="diff", programs_for=cluster.programs, registry=registry,
+        decoded=decoded, together=True,
+    )  # fmt: skip
     with row_changes(
-        repository,
-        transactions,
-        table=name,
-        decoded=decoded,
-        programs_for=cluster.programs,
-        spawner=clones_for(
-            repository,
-            transactions,
-            purpose="diff",
-            programs_for=cluster.programs,
-            registry=registry,
-            decoded=decoded,
-            together=True,
-        ),
+        repository, transactions, table=name, decoded=decoded, programs_for=cluster.programs, spawner=spawner
     ) as changes:
         tell("reading rows")
         kept, counts = _first(changes, shown)
