@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from knockwood.errors import LockHeldError
 from knockwood.history.follow import following
@@ -15,10 +16,13 @@ from knockwood.operations.passing_slot import PassingSlot
 from knockwood.postgres.connection import connect, translated
 from knockwood.repository import receive, receive_server
 from knockwood.repository.backups.model import Backup
-from knockwood.repository.backups.take import Effort, OnProgress, take_backup, why_not
 from knockwood.repository.leases import lease
 from knockwood.repository.receive import EventKind, Receiver, ReceiverEvent
 from knockwood.repository.repository import Repository
+
+# What takes backups is imported where one is taken: `wal push` runs once per segment, and restores receive too.
+if TYPE_CHECKING:
+    from knockwood.repository.backups.take import OnProgress
 
 OnEvent = Callable[[ReceiverEvent], None]
 
@@ -164,6 +168,8 @@ def take(
     wal_timeout: float = 300,
 ) -> Backup:
     """Take a base backup, complete with the WAL that makes it consistent, or raise and list nothing."""
+    from knockwood.repository.backups.take import Effort, take_backup
+
     store = repository or cluster.repository()
     backup = cluster.settings.backup
     workers = backup.workers or os.cpu_count() or 1
@@ -180,6 +186,8 @@ def take(
 
 def _processes(cluster: Cluster, workers: int) -> int:
     """With how many processes the server's files are copied; 0 for its own stream."""
+    from knockwood.repository.backups.take import why_not
+
     # Two take two thirds of the processor time that the server and we spend on its stream.
     folder = cluster.settings.data_directory
     if workers < 2 or folder is None or why_not(cluster.dsn, folder) is not None:

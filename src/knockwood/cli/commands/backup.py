@@ -10,7 +10,6 @@ from knockwood.cli.answer import Answer, coloured, escape, megabytes
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.cli.progress import byte_progress
 from knockwood.model import Verdict
-from knockwood.operations.protect import take
 from knockwood.repository.backups.listing import scan_backups
 from knockwood.repository.backups.model import Backup
 
@@ -31,6 +30,9 @@ def backup(
     It is listed once it is complete with the WAL that makes it consistent. Damaged pages do not stop it:
     its health is then broken, and they are listed.
     """
+    # Whoever lists backups need not wait for what takes them.
+    from knockwood.operations.protect import take
+
     cluster = common.open_cluster()
     with byte_progress("backup", quiet=common.json) as progress:
         made = take(cluster, incremental=incremental, progress=progress, wal_timeout=wal_timeout)

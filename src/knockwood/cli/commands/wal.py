@@ -6,13 +6,11 @@ import getpass
 import signal
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.markup import escape
 
-from knockwood.cli.answer import Answer, print_answer, print_error
+from knockwood.cli.answer import Answer, escape, print_answer, print_error
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.errors import KnockwoodError, UsageError
 from knockwood.host import clock
@@ -21,6 +19,9 @@ from knockwood.operations.protect import receive_forever
 from knockwood.repository import gaps, push
 from knockwood.repository.push import PUSH_FAILED, exit_status_of
 from knockwood.repository.receive import EventKind, ReceiverEvent
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def receive_wal(
@@ -42,6 +43,8 @@ def receive_wal(
 def _report(event: ReceiverEvent) -> None:
     if event.kind is EventKind.PARTIAL:
         return
+    from rich.console import Console
+
     console = Console(stderr=True, highlight=False)
     style = "red" if event.error else "green"
     console.print(
