@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ from knockwood.operations.page_repair import plan_pages
 from knockwood.operations.protect import take
 from knockwood.postgres.pages import bad_pages, decode_header, sealed
 from knockwood.recover.pages_cold import cold_images
+from knockwood.recover.pages_facts import flush_wal, target_named, wal_facts
+from knockwood.recover.pages_session import session
+from knockwood.recover.pages_write import look
+from knockwood.recover.plan.pages import PageClass, WalFacts
 from knockwood.repository.backups.listing import list_backups
 
 if TYPE_CHECKING:
@@ -31,6 +36,22 @@ def mend(site: Site, plan: Plan) -> str:
     assert recovery.complete, recovery.as_json()
     assert recovery.verdict is Verdict.HELD, recovery.as_json()
     return " ".join(result.detail for result in recovery.results)
+
+
+def wal_of(site: Site, name: str, block: int) -> Mapping[int, WalFacts]:
+    """What the WAL since the newest backup says of a block up to now."""
+    subject = site.cluster.subject(Budget(), repository=site.repository)
+    since = list_backups(site.repository)[-1].start_lsn
+    with session(subject, "postgres") as tools:
+        target = target_named(tools.connection, "postgres", name)
+        return wal_facts(subject, target, [block], since, flush_wal(subject, "postgres"))
+
+
+def judged(site: Site, name: str, block: int, known: Mapping[int, WalFacts]) -> PageClass:
+    subject = site.cluster.subject(Budget(), repository=site.repository)
+    with session(subject, "postgres") as tools:
+        target = target_named(tools.connection, "postgres", name)
+        return look(tools, target, [block], known[block].since, known).judgements[block].damage
 
 
 @pytest.mark.parametrize("version", [15, pytest.param(17, marks=pytest.mark.slow), 18])
@@ -186,11 +207,14 @@ def test_changes_that_the_archive_has_lost_too(new_server: ServerFactory) -> Non
         site.settle()
         lost = site.page(account, 0)
         assert lost != old
+        read_before = wal_of(site, "public.account", 0)
         site.damage(account, 0, old)
         # The stale page is used again: a row is put where a lost one was, and the archive has that image.
         site.sql("insert into account values (301, 'since', 11)")
         site.settle()
         assert "changed" not in site.sql("select string_agg(a::text, ',' order by id) from account a")
+        # That image may come just after the WAL was read: the page is not taken for the newest then.
+        assert judged(site, "public.account", 0, read_before) is PageClass.POISONED
         plan = site.plan((account, 0))
         assert [step.kind for step in plan.steps] == ["replace-rows"], plan.as_json()
         # Somebody changes one of the rows: that is theirs to decide. (The indexes lie by now.)
@@ -208,6 +232,37 @@ def test_changes_that_the_archive_has_lost_too(new_server: ServerFactory) -> Non
             site.sql("insert into account values (500, 'another', 1)")
         again = site.execute(plan)
         assert again.results[0].outcome is Outcome.ALREADY_DONE
+
+
+def test_two_pages_of_a_table_that_the_archive_has_lost_too(new_server: ServerFactory) -> None:
+    """Rows of both are back from the dead beside their new versions: the indexes are made anew after both."""
+    server = new_server(18)
+    with site_of(server) as site:
+        site.sql(
+            "create table account (id int primary key, name text);"
+            "insert into account select i, i || repeat(' name', 40) from generate_series(1, 300) i;"
+            "alter table account set (autovacuum_enabled = off)"
+        )
+        take(site.cluster, site.repository)
+        account = site.path("account")
+        site.sql("select count(*) from account")
+        site.settle()
+        old = [site.page(account, block) for block in (0, 1)]
+        site.sql("checkpoint; update account set name = 'changed' || repeat('x', 900) where id in (3, 45)")
+        site.settle()
+        for block in (0, 1):
+            assert site.page(account, block) != old[block]
+            site.damage(account, block, old[block])
+        site.sql("update account set name = 'since' where id in (5, 46)")
+        site.settle()
+        slowly = "set enable_indexscan = off; set enable_bitmapscan = off;"
+        assert site.sql(f"{slowly} select count(*) from account where id in (3, 45)") == 4
+        plan = site.plan((account, 0), (account, 1))
+        assert [step.kind for step in plan.steps] == ["replace-rows"], plan.as_json()
+        assert "2 rows to delete" in mend(site, plan)
+        told = "select string_agg(left(name, 7), ',' order by id) from account where id in (3, 5, 45, 46)"
+        assert site.sql(f"{slowly} {told}") == "changed,since,changed,since"
+        assert site.sql(f"set enable_seqscan = off; {told}") == "changed,since,changed,since"
 
 
 def test_pages_last_written_before_the_backup(new_server: ServerFactory) -> None:

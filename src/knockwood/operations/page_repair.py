@@ -45,6 +45,7 @@ from knockwood.recover.pages_images import Good, good_images
 from knockwood.recover.pages_maps import rebuild_map
 from knockwood.recover.pages_session import Patience
 from knockwood.recover.pages_write import Images, OutdatedError, Repaired, repair, standbys
+from knockwood.recover.plan.lost_rows import Key, Row
 from knockwood.recover.plan.pages import Procedure
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Progress, chain
@@ -391,19 +392,12 @@ class _Rows(_OnItsOwn):
 
     def run(self, step: Step, journal: StepJournal) -> StepResult:
         words, context = step.arguments, self.context
-        lost, after = Lsn.parse(words["lost"][0]), Lsn.parse(words["first_after"])
         with connect(with_words(context.subject.dsn, dbname=words["database"])) as connection:
             target = facts.target_of(connection, words["database"], words["oid"])
             shape = rows.shape_of(connection, target)
-        block = int(words["block"])
-        clone = context.clone_at(words["backup"], target, lambda plan: _before(plan, lost))
-        with clone:
-            stale = rows.read_clone(clone.dsn(target.database), shape, block)
-            clone.advance(_before(clone.plan, after))
-            rows.require_ended(clone.dsn("template1"), target, words["xids"])
-            true = rows.read_clone(clone.dsn(target.database), shape, block, stale)
+        stale, true = self._read(words, target, shape)
         done = rows.replace_rows(
-            context.subject, target, stale, true, block, keep=_keeper(journal), note=journal.note
+            context.subject, target, stale, true, words["blocks"], keep=_keeper(journal), note=journal.note
         )
         counts = Counter(str(mend.change) for mend in done.mends)
         return StepResult(
@@ -416,6 +410,34 @@ class _Rows(_OnItsOwn):
             evidence=journal.evidence_paths,
             values={"xid": done.xid, **counts, "new_full_backup_needed": True},
         )
+
+    def _read(
+        self, words: Mapping[str, Any], target: Target, shape: rows.Shape
+    ) -> tuple[dict[Key, Row], dict[Key, Row]]:
+        """The rows of the blocks before their changes were lost, and as these left them: of one clone that goes
+        from point to point."""
+        stale: dict[Key, Row] = {}
+        true: dict[Key, Row] = {}
+        stops: list[tuple[Lsn, bool, Mapping[str, Any]]] = []
+        for damage in words["damages"]:
+            stops += [
+                (Lsn.parse(damage["lost"][0]), False, damage),
+                (Lsn.parse(damage["first_after"]), True, damage),
+            ]
+        stops.sort(key=lambda stop: stop[:2])
+        before: dict[int, dict[Key, Row]] = {}
+        with self.context.clone_at(words["backup"], target, lambda plan: _before(plan, stops[0][0])) as clone:
+            for lsn, later, damage in stops:
+                if lsn != clone.plan.target_lsn:
+                    clone.advance(_before(clone.plan, lsn))
+                block, dsn = int(damage["block"]), clone.dsn(target.database)
+                if later:
+                    rows.require_ended(clone.dsn("template1"), target, damage["xids"])
+                    rows.join(true, rows.read_clone(dsn, shape, block, before[block]), target)
+                else:
+                    before[block] = rows.read_clone(dsn, shape, block)
+                    rows.join(stale, before[block], target)
+        return stale, true
 
     def roll_back(self, step: Step, journal: StepJournal) -> StepResult:
         xid = journal.notes.get("xid")

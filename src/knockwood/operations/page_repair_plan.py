@@ -31,7 +31,7 @@ from knockwood.recover.indexes import index_named
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_session import Session, session
 from knockwood.recover.pages_write import Looked, look
-from knockwood.recover.plan.pages import Procedure
+from knockwood.recover.plan.pages import Poison, Procedure
 from knockwood.recover.rows import shape_of
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Backup
@@ -257,21 +257,24 @@ class _Planning:
 
     def _rows(self, tools: Session, target: Target, blocks: list[int], seen: Looked) -> list[int]:
         """Rows in place of pages; then all indexes of the table are suspect. The blocks that have a step."""
-        done: list[int] = []
+        known = list_backups(self.repository)
+        poisons: dict[int, Poison] = {}
         for block in blocks:
             poison = seen.wal[block].poison
             assert poison is not None
-            known = [each for each in list_backups(self.repository) if each.stop_lsn <= poison.lost[0]]
             try:
                 shape_of(tools.connection, target)
-                if not known:
+                if not any(each.stop_lsn <= poison.lost[0] for each in known):
                     raise ObjectMissingError(f"there is no base backup from before {poison.lost[0]}")
             except KnockwoodError as error:
                 self.refused.append(f"{target.name} block {block}: {error}")
                 continue
-            self.steps.append(rows_step(target, block, poison, known[-1]))
-            done.append(block)
-        return done
+            poisons[block] = poison
+        if poisons:
+            first = min(poison.lost[0] for poison in poisons.values())
+            usable = [each for each in known if each.stop_lsn <= first]
+            self.steps.append(rows_step(target, poisons, usable[-1]))
+        return list(poisons)
 
     # --- indexes and maps -------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from knockwood.model import Lsn
@@ -29,6 +29,10 @@ def _base(target: Target) -> dict[str, Any]:
 def _listed(blocks: Iterable[int]) -> str:
     shown = sorted(blocks)
     return ", ".join(map(str, shown[:8])) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+
+
+def _blocks(blocks: Collection[int]) -> str:
+    return f"block{'' if len(blocks) == 1 else 's'} {_listed(blocks)}"
 
 
 _HOW: Final = {
@@ -101,18 +105,26 @@ def page_step(
     )
 
 
-def rows_step(target: Target, block: int, poison: Poison, backup: Backup) -> Step:
-    """Lost changes of one block, as rows."""
-    return Step(
-        ROWS,
-        f"bring over the rows of {len(poison.lost)} lost changes to block {block} of {target.name}",
-        _base(target)
-        | {
+def rows_step(target: Target, poisons: Mapping[int, Poison], backup: Backup) -> Step:
+    """Lost changes of the blocks of one table, as rows: all in one transaction."""
+    lost = sum(len(poison.lost) for poison in poisons.values())
+    damages = [
+        {
             "block": block,
             "first_after": str(poison.first_after),
             "stale_lsn": str(poison.stale_lsn),
             "lost": [str(lsn) for lsn in poison.lost],
             "xids": list(poison.xids),
+        }
+        for block, poison in sorted(poisons.items())
+    ]
+    return Step(
+        ROWS,
+        f"bring over the rows of {lost} lost changes to {_blocks(poisons)} of {target.name}",
+        _base(target)
+        | {
+            "blocks": sorted(poisons),
+            "damages": damages,
             "since": str(backup.start_lsn),
             "backup": backup.id,
         },

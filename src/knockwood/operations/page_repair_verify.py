@@ -64,7 +64,7 @@ def _touched(plan: Plan) -> dict[tuple[str, int], _Touched]:
         if step.kind == MAPS:
             table.blocks[words["fork"]].update(words["blocks"])
         elif step.kind != REINDEX:
-            table.blocks["main"].update(words.get("blocks") or [words["block"]])
+            table.blocks["main"].update(words["blocks"])
             table.beyond |= {int(block): Lsn.parse(lsn) for block, lsn in words.get("beyond", {}).items()}
         unread = words.get("procedure") in (Procedure.WRITE, Procedure.SAVE_BUFFER)
         table.indexes |= step.kind != MAPS and not (step.kind == REPAIR and unread)

@@ -137,7 +137,7 @@ def _covers(steps: Iterable[Step], finding: Finding, healed: bool) -> list[bool]
     blocks: set[int] = set()
     for step in steps:
         if step.arguments.get("path") == path and step.kind in (REPAIR, ROWS):
-            blocks.update(step.arguments.get("blocks") or [step.arguments["block"]])
+            blocks.update(step.arguments["blocks"])
     wanted = {page.block for page in pages_of(finding)}
     return [bool(wanted & blocks) and (healed or wanted <= blocks)]
 

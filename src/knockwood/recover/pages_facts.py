@@ -157,13 +157,17 @@ def on_disk(image: bytes | None, block: int, blocks: int) -> OnDisk:
 
 
 def flush_wal(subject: Subject, database: str) -> Lsn:
-    """Write all WAL so far to disk, by a commit that changes nothing; a position after all of it."""
+    """Write all WAL so far to disk, by a commit that changes nothing; where a record ends after all of it.
+
+    (What is flushed may end in the midst of a record: WAL read on from there would lack it.)
+    """
     dsn = with_words(subject.dsn, dbname=database)
     with connect(dsn, application_name="knockwood repair") as connection, translated():
         # A standby that lags must not hold up a repair.
         connection.execute("set synchronous_commit = local")
-        connection.execute("select pg_catalog.pg_logical_emit_message(true, 'knockwood', 'page repair')")
-        row = connection.execute("select pg_catalog.pg_current_wal_flush_lsn()::text").fetchone()
+        row = connection.execute(
+            "select pg_catalog.pg_logical_emit_message(true, 'knockwood', 'page repair')::text"
+        ).fetchone()
     if row is None:
         raise InternalError("no answer")
     return Lsn.parse(row[0])

@@ -25,7 +25,9 @@ from knockwood.recover.pages_session import Patience, Session, session
 from knockwood.recover.plan.page_masks import describe, same
 from knockwood.recover.plan.pages import (
     READS,
+    InBuffers,
     Judgement,
+    OnDisk,
     PageClass,
     Procedure,
     WalFacts,
@@ -97,10 +99,10 @@ def look(
     beyond: Mapping[int, Lsn] = facts.NOTHING_KNOWN,
 ) -> Looked:
     """Judge the blocks as they are now. The WAL since `since` is read where the judgement needs it, unless
-    what it says up to now is `known`. `beyond` are starts of records known to have changed blocks.
+    what it says is `known`. `beyond` are starts of records known to have changed blocks.
 
     The order makes it true: first the WAL, then the buffers, then the disk. A change that the WAL has and no
-    buffer holds has been written.
+    buffer holds has been written. What a buffer or the disk shows beyond that WAL is read of it then.
     """
     subject = open_session.subject
     server = open_session.server()
@@ -116,13 +118,43 @@ def look(
     buffers = open_session.buffers(target, blocks)
     pages = {block: facts.read_page(subject, target.path, block) for block in blocks}
     count = facts.length(open_session.connection, target)
+    disk = {block: facts.on_disk(pages[block], block, count) for block in blocks}
+    wal = _up_to_what_is_seen(subject, target, wal, buffers, disk)
     judgements = {
-        block: classify(
-            facts.on_disk(pages[block], block, count), buffers[block], wal[block], relation, server
-        )
-        for block in blocks
+        block: classify(disk[block], buffers[block], wal[block], relation, server) for block in blocks
     }
     return Looked(target, judgements, pages, wal)
+
+
+def _up_to_what_is_seen(
+    subject: Subject,
+    target: Target,
+    wal: Mapping[int, WalFacts],
+    buffers: Mapping[int, InBuffers],
+    disk: Mapping[int, OnDisk],
+) -> Mapping[int, WalFacts]:
+    """The facts, gone on with where a page is of a later change than the WAL was read to.
+
+    That change may be an image made of a page that had lost changes: by its LSN alone it would pass for new.
+    """
+    late: dict[int, Lsn] = {}
+    for block, known in wal.items():
+        shown = [lsn for lsn in (buffers[block].lsn, disk[block].lsn) if lsn is not None]
+        if known.known and shown and max(shown) > known.until:
+            late[block] = max(shown)
+    if not late:
+        return wal
+    until = facts.flush_wal(subject, target.database)
+    later = facts.wal_facts(subject, target, late, min(wal[block].until for block in late), until)
+    return {**wal, **{block: _gone_on(wal[block], later[block], seen) for block, seen in late.items()}}
+
+
+def _gone_on(known: WalFacts, later: WalFacts, seen: Lsn) -> WalFacts:
+    """With the records up to the change that was seen; what came after it the page need not have."""
+    if not later.known:
+        return replace(known, known=False, reason=later.reason)
+    more = (record for record in later.records if known.until <= record.lsn < seen)
+    return replace(known, records=(*known.records, *more), until=seen)
 
 
 def _needs_wal(open_session: Session, target: Target, blocks: Collection[int]) -> bool:

@@ -125,6 +125,17 @@ def read_clone(dsn: str, shape: Shape, block: int, keys: Collection[Key] = ()) -
     return result
 
 
+def join(rows: dict[Key, Row], more: Mapping[Key, Row], target: Target) -> None:
+    """Put the rows of one more block to those of others; raises RefusedError where a row differs between them."""
+    for key, row in more.items():
+        if rows.setdefault(key, row) != row:
+            raise RefusedError(
+                f"key {key} was another row at each of two damaged blocks: it cannot be decided",
+                where=target.name,
+                hint="restore the table beside the live one, and compare",
+            )
+
+
 def require_ended(dsn: str, target: Target, xids: Collection[int]) -> None:
     """Raise RefusedError if one of these transactions is still open where the clone stands: what it wrote
     cannot be seen there, so that nobody can tell what was lost."""
@@ -161,7 +172,7 @@ def replace_rows(
     target: Target,
     stale: Mapping[Key, Row],
     true: Mapping[Key, Row],
-    block: int,
+    blocks: Sequence[int],
     *,
     keep: Callable[[str, bytes], None],
     note: Callable[[str, Any], None],
@@ -170,7 +181,8 @@ def replace_rows(
     """Merge and apply in one transaction; raises RefusedError, with nothing changed, for any conflict.
 
     Triggers do not fire (their effects are rows of their own, which were not lost); foreign keys of the rows
-    touched are checked before the commit.
+    touched are checked before the commit. All damaged blocks of a table go together: the indexes cannot be made
+    anew while an old version on another one is back beside the new.
     """
     dsn = with_words(subject.dsn, dbname=target.database)
     with connect(dsn, application_name="knockwood repair", autocommit=False) as connection:
@@ -186,7 +198,7 @@ def replace_rows(
             if now.node != target.node:
                 raise RefusedError("the table was rewritten in the meantime", where=target.name)
             shape = shape_of(connection, target)
-            merged = _merge(connection, shape, stale, true, block)
+            merged = _merge(connection, shape, stale, true, blocks)
             if merged.conflicts:
                 shown = "; ".join(f"key {c.key}: {c.reason}" for c in merged.conflicts[:_SHOWN])
                 raise RefusedError(
@@ -197,7 +209,7 @@ def replace_rows(
             if not merged.mends:
                 connection.rollback()
                 return Replaced((), None, clock.monotonic() - began)
-            keep(f"block-{block}.rows", _evidence(shape, merged))
+            keep(f"block-{'-'.join(map(str, blocks[:_SHOWN]))}.rows", _evidence(shape, merged))
             xid = _apply(connection, shape, target, merged.mends)
             _check_foreign_keys(connection, target, shape, merged.mends)
             note("xid", xid)
@@ -211,10 +223,16 @@ def replace_rows(
 
 
 def _merge(
-    connection: Connection, shape: Shape, stale: Mapping[Key, Row], true: Mapping[Key, Row], block: int
+    connection: Connection,
+    shape: Shape,
+    stale: Mapping[Key, Row],
+    true: Mapping[Key, Row],
+    blocks: Sequence[int],
 ) -> Merged:
     affected = {key for key in {*stale, *true} if stale.get(key) != true.get(key)}
-    found = rows_of_block(connection, shape, block)
+    found: dict[str, Row] = {}
+    for block in blocks:
+        found |= rows_of_block(connection, shape, block)
     if affected:
         found |= rows_of_keys(connection, shape, affected)
     current: dict[Key, list[tuple[str, Row]]] = {}
