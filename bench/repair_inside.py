@@ -176,7 +176,10 @@ class Repairs:
     def repairs(self, how: str) -> list[Taken]:
         """Each repair so many times; the medians."""
         ways = {
-            f"{self.pages} damaged pages mended": self._mend_pages,
+            f"{self.pages} damaged pages mended": lambda: self._mend_pages(self._cold_blocks()),
+            f"{self.pages} damaged pages mended, written since the backup": (
+                lambda: self._mend_pages(self._written_blocks())
+            ),
             f"a transaction of {self.rows:,} rows taken back": self._revert,
             f"one table of {_KEPT_MB} MB brought back": self._bring_back,
         }
@@ -204,10 +207,10 @@ class Repairs:
             )
         return said.seconds, blocked, detail
 
-    def _mend_pages(self) -> Callable[[], tuple[Said, str]]:
+    def _mend_pages(self, blocks: list[int]) -> Callable[[], tuple[Said, str]]:
         """Damage pages of the lower half on disk, and let the check name them; the repair is measured."""
         ours = self.site.knockwood
-        self._damage()
+        self._damage(blocks)
         found = ours.run("check", "page_checksums", "--json")
         named = len(json.loads(found.out)["findings"])
         if named < self.pages:
@@ -221,25 +224,42 @@ class Repairs:
 
         return run
 
-    def _damage(self) -> None:
-        """Flip a bit in so many pages of the lower half that are not in memory."""
-        dsn = self.site.dsn
+    def _cold_blocks(self) -> list[int]:
+        """Pages of the lower half, where nobody writes, that are not in memory."""
+        query(self.site.dsn, "CHECKPOINT")
+        [(pages,)] = query(self.site.dsn, "SELECT pg_relation_size('pgbench_accounts') / 8192")
+        free = set(range(1, int(pages) // 2 - 10)) - self._cached()
+        return self.chance.sample(sorted(free), self.pages)
+
+    def _written_blocks(self) -> list[int]:
+        """The same, but written a moment ago: other pages take their place in memory."""
+        dsn, most = self.site.dsn, self._accounts() // 2 - 2000
+        some = ",".join(map(str, self.chance.sample(range(1, most), 3 * self.pages)))
+        rows = f"FROM pgbench_accounts WHERE aid = ANY ('{{{some}}}')"
+        written = query(dsn, f"SELECT DISTINCT (ctid::text::point)[0]::int {rows}")
+        query(dsn, f"UPDATE pgbench_accounts SET filler = 'written' WHERE aid IN (SELECT aid {rows})")
         query(dsn, "CHECKPOINT")
-        [(path, pages)] = query(
-            dsn,
-            "SELECT pg_relation_filepath('pgbench_accounts'), pg_relation_size('pgbench_accounts') / 8192",
+        for _ in range(10):
+            others = ",".join(map(str, self.chance.sample(range(1, most), min(20_000, most // 2))))
+            query(dsn, f"SELECT sum(abalance) FROM pgbench_accounts WHERE aid = ANY ('{{{others}}}')")
+            free = {int(block) for (block,) in written} - self._cached()
+            if len(free) >= self.pages:
+                return self.chance.sample(sorted(free), self.pages)
+        raise RuntimeError("the written pages stay in memory")
+
+    def _cached(self) -> set[int]:
+        rows = query(
+            self.site.dsn,
+            "SELECT relblocknumber FROM pg_buffercache WHERE relforknumber = 0"
+            " AND relfilenode = pg_relation_filenode('pgbench_accounts')",
         )
-        cached = {
-            int(block)
-            for (block,) in query(
-                dsn,
-                "SELECT relblocknumber FROM pg_buffercache WHERE relforknumber = 0"
-                " AND relfilenode = pg_relation_filenode('pgbench_accounts')",
-            )
-        }
-        free = [block for block in range(1, int(pages) // 2 - 10) if block not in cached]
+        return {int(block) for (block,) in rows}
+
+    def _damage(self, blocks: list[int]) -> None:
+        """Flip a bit in each of the pages."""
+        [(path,)] = query(self.site.dsn, "SELECT pg_relation_filepath('pgbench_accounts')")
         folder = self.site.source.server.data_directory
-        for block in self.chance.sample(free, self.pages):
+        for block in blocks:
             segment, rest = divmod(block, _SEGMENT_PAGES)
             file = folder / (f"{path}.{segment}" if segment else str(path))
             with file.open("r+b") as handle:
