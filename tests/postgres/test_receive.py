@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from knockwood.errors import LockHeldError, MissingPrivilegeError, WrongSystemEr
 from knockwood.model.wal import Timeline, WalRange
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.receive import EventKind, Receiver, ReceiverEvent, receiving
+from knockwood.repository.spool import Spool
 
 ONE = Timeline(1)
 
@@ -51,6 +53,26 @@ def test_a_server_restart_is_followed(new_server: ServerFactory, tmp_path: Path)
         lsn = commit(server)
         assert receiver.flush() >= lsn
     assert WalArchive(repository).inventory().covers(WalRange(ONE, first_lsn(repository), lsn))
+
+
+def test_who_is_in_a_hurry_need_not_wait_for_the_next_partial(
+    new_server: ServerFactory, tmp_path: Path
+) -> None:
+    server = new_server(18, segment_megabytes=1)
+    repository = new_repository(server, tmp_path / "repository")
+    archive = WalArchive(repository)
+    with receiving(Receiver(repository, server.dsn(), tmp_path / "spool", partial_every=3600)) as receiver:
+        receiver.flush()
+        tail = WalRange(ONE, first_lsn(repository), commit(server))
+        spool = Spool(tmp_path / "spool", repository.header.segment_bytes)
+        spool.hurry()
+        deadline = time.monotonic() + 60
+        while not archive.inventory().covers(tail):
+            assert time.monotonic() < deadline
+            spool.hurry()
+            time.sleep(0.05)
+        spool.calm()
+        assert not spool.hurried()
 
 
 def test_a_second_receiver_is_refused(new_server: ServerFactory, tmp_path: Path) -> None:

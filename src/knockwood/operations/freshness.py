@@ -12,8 +12,9 @@ from knockwood.operations.protect import wal_arriving
 from knockwood.repository import receive_server
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.repository import Repository
+from knockwood.repository.spool import Spool
 
-_POLL = 0.2
+_POLL = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,9 @@ def bring_up_to_date(cluster: Cluster, repository: Repository, timeout: float = 
         timeline, Lsn(max(promised.value - 1, 0)), repository.header.segment_bytes
     )
     tail = WalRange(timeline, min(segment.start, promised), promised)
+    spool = Spool(cluster.spool(repository.header.system_identifier), segment.bytes)
+    # A receiver on this machine would archive the newest WAL within a second: this saves most of it.
+    spool.hurry()
     try:
         with wal_arriving(cluster, repository, also_beside_push=True):
             if _arrived(WalArchive(repository), tail, timeout):
@@ -53,6 +57,8 @@ def bring_up_to_date(cluster: Cluster, repository: Repository, timeout: float = 
                 )
     except KnockwoodError as error:
         return Freshness(promised, False, f"the newest WAL could not be received: {error}")
+    finally:
+        spool.calm()
     return Freshness(promised, False, f"the archive did not reach {promised} within {timeout:.0f} s")
 
 

@@ -40,6 +40,7 @@ from knockwood.repository.spool_upload import Uploader
 
 LEASE = "wal-receive"
 _POLL = 0.05
+_HURRIED_EVERY = 0.1
 _LEASE_CHECK = 20.0
 _LASTING = (AuthenticationError, MissingPrivilegeError, ProgramsMissingError)
 
@@ -81,6 +82,7 @@ class Receiver:
         )
         self._repository_retry = Retry()
         self._partial_due = 0.0
+        self._partial_begun = 0.0
         self._lease_due = 0.0
         self._news = threading.Condition()
         self._flushing = 0
@@ -188,7 +190,11 @@ class Receiver:
 
     def _turn(self, held: Lease) -> None:
         self._check_lease(held)
-        self._streaming.turn(eager=bool(self._flushing), watch_every=min(1.0, self.partial_every))
+        hurried = self.spool.hurried()
+        if hurried:
+            self._partial_due = min(self._partial_due, self._partial_begun + _HURRIED_EVERY)
+        eager = bool(self._flushing) or hurried
+        self._streaming.turn(eager=eager, watch_every=min(1.0, self.partial_every))
         self._keep_archiving()
 
     def _check_lease(self, held: Lease) -> None:
@@ -217,6 +223,7 @@ class Receiver:
         now = clock.monotonic()
         with_partial = bool(self._flushing) or now >= self._partial_due
         if with_partial:
+            self._partial_begun = now
             self._partial_due = now + self.partial_every
         try:
             self._uploader.upload(

@@ -11,17 +11,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from knockwood.errors import ObjectDamagedError, WrongSystemError
-from knockwood.host import files
+from knockwood.host import clock, files
 from knockwood.model.wal import Lsn, Timeline, TimelineHistory, WalSegment
 from knockwood.repository.walfile import check_header, valid_end
 
 _SEGMENT = re.compile(r"([0-9A-F]{24})(\.partial)?\Z")
 _HISTORY = re.compile(r"([0-9A-F]{8})\.history\Z")
 _SUFFIX = ".partial"
+_WISH_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,27 @@ class Spool:
             with files.translated(self.folder):
                 files.fsync_file(self.folder)
                 files.fsync_file(older)
+
+    @property
+    def _wish(self) -> Path:
+        return self.folder / "hurry"
+
+    def hurry(self) -> None:
+        """Ask the receiver at work here to archive what it has at once; nothing happens where it cannot be asked."""
+        with suppress(OSError):
+            self._wish.touch()
+
+    def hurried(self) -> bool:
+        """Whether somebody asked a moment ago. A wish that was left behind is soon too old."""
+        try:
+            return abs(clock.now().timestamp() - self._wish.stat().st_mtime) < _WISH_SECONDS
+        except OSError:
+            return False
+
+    def calm(self) -> None:
+        """Take the wish back."""
+        with suppress(OSError):
+            self._wish.unlink(missing_ok=True)
 
     def seed(self, segment: WalSegment) -> None:
         """Make `segment` the one where pg_receivewal begins, provided nothing ranks higher."""
