@@ -53,7 +53,10 @@ class Pages(Repair):
     def damage(self, site: Site) -> None:
         chance, kinds = self.chance, self.kinds[self.runs % len(self.kinds)]
         ask(site.dsn, "checkpoint")
-        old = {block: _page(site, _path(site, "book"), block) for block in range(40)}
+        # All of it: with every change the rows move on to later pages.
+        path = _path(site, "book")
+        blocks = (site.server.data_directory / path).stat().st_size // PAGE
+        old = {block: _page(site, path, block) for block in range(blocks)}
         ask(site.dsn, "update book set n = n + 1 where id %% 7 = %s", chance.randrange(7))
         self.truth = ask(site.dsn, _TRUTH)
         self.bad = {}
@@ -74,7 +77,7 @@ class Pages(Repair):
         path = _path(site, "book_n" if kind == "index" else "book")
         taken = {block for name, block in self.bad if name == path}
         # The first page of an index says where the others are.
-        choices = [block for block in range(1, 5 if kind == "index" else 40) if block not in taken]
+        choices = [block for block in range(1, 5 if kind == "index" else len(old)) if block not in taken]
         if kind == "stale":
             choices = [block for block in choices if _lsn(old[block]) < _lsn(_page(site, path, block))]
         block = self.chance.choice(choices)
