@@ -9,6 +9,8 @@ import pytest
 
 from fix_revert import Reverter
 from knockwood.errors import RefusedError
+from knockwood.history.reading import Reader
+from knockwood.history.shapes import Catalog
 from knockwood.integrity.tables import open_pinned, types_of
 from knockwood.postgres.connection import connect
 
@@ -102,3 +104,22 @@ def test_what_cannot_be_read_back_is_refused(new_server: ServerFactory, tmp_path
     made.sql("alter table named rename to anew")
     with pytest.raises(RefusedError, match=r'u back: relation "public\.named" does not exist'):
         made.examine(made.request(renamed))
+
+
+def test_xml_is_read_with_its_declaration(new_server: ServerFactory) -> None:
+    """PostgreSQL shows and sends it without."""
+    server = new_server(17)
+    value = "<?xml version='1.0'?><r/>"
+    with open_pinned(server.dsn(), None) as connection:
+        connection.execute("create table public.t (a xml, b xml[], c xml[])")
+        connection.execute("insert into public.t values (%s, array[%s::xml, null], '{}')", [value, value])
+        catalog = Catalog(server.dsn(), "postgres")
+        [shape] = catalog.shapes(catalog.named("public", "t")).values()
+        [row] = Reader(catalog, shape, None).all()
+        texts = [each.text for each in row.values]
+        back = connection.execute(
+            "select (%s::xml)::text, (%s::xml[])[1]::text, (%s::xml[])[2] is null, %s::xml[]::text",
+            [texts[0], texts[1], texts[1], texts[2]],
+        ).fetchone()
+        catalog.connection.close()
+    assert back == (value, value, True, "{}")

@@ -35,12 +35,16 @@ def qualified(shape: TableShape) -> str:
     return f"{quoted(shape.table.schema)}.{quoted(shape.table.name)}"
 
 
+# xml is shown, and sent, without its declaration (`<?xml version="1.0"?>`), which the stored text has.
+_AS_STORED: Final = {142: "::pg_catalog.text", 143: "::pg_catalog.text[]"}
+
+
 def _selected(columns: Sequence[ColumnShape]) -> str:
     """Per column its value, and its image where its type has one."""
     parts = ["t.ctid", "t.xmin", "t.xmax"]
     for column in columns:
         value = f"t.{quoted(column.name)}"
-        parts.append(value)
+        parts.append(value + _AS_STORED.get(column.type_oid, ""))
         if column.send is not None:
             parts.append(f"{column.send}({value})")
     return ", ".join(parts)
