@@ -24,7 +24,7 @@ from knockwood.integrity.check import Budget, Role
 from knockwood.integrity.run import Report, run_checks
 from knockwood.operations.check import check
 from knockwood.operations.examination import names_for_a_clone
-from knockwood.operations.protect import receiving
+from knockwood.operations.protect import receiving, take
 from knockwood.operations.proving import prove_cluster
 from knockwood.postgres.connection import Connection, connect, server_facts
 from knockwood.repository.targets import Latest, resolve
@@ -144,6 +144,9 @@ def watch_healthy(
         begun = time.monotonic()
         stack.enter_context(_writers(site, health))
         while health.rounds < rounds or time.monotonic() - begun < seconds:
+            if health.rounds:
+                # As everywhere; without it each round would replay all the WAL of those before, twice.
+                take(site.cluster, site.repository)
             health.add("server", check(site.cluster, heavy=True, here=True))
             _prove(site, health)
             _paused(site, health)

@@ -24,7 +24,7 @@ from knockwood.drill.sandbox import choose_programs
 from knockwood.host import files, privileges
 from knockwood.postgres.binaries import Programs
 from machine import describe
-from sandbox import OUT, say, work_folder
+from sandbox import OUT, end_cleanly, say, work_folder
 
 KEYS = (*(row.key for row in ROWS), *REPOSITORY_ROWS)
 
@@ -43,6 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the results")
     given = parser.parse_args(words)
     keys = chosen(given.rows)
+    end_cleanly()
     programs = choose_programs(given.postgres)
     account = privileges.server_account()
     files.make_folder(given.out)
