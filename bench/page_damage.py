@@ -88,7 +88,7 @@ TITLES = {
     "unlogged": "one bit flipped in an unlogged table",
 }
 ROUND = 5
-BACKUP_EVERY = 4
+BACKUP_EVERY = 1
 """Rounds; a repair says itself that a new full backup is due, as no WAL has its pages."""
 _PLANS = 4
 IN_BUFFERS = "cannot drop it"

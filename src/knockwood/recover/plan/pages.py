@@ -289,6 +289,11 @@ def _readable(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFac
     if poison is not None and only_read_since(wal.records, poison):
         reason = f"the page on disk is of {poison.stale_lsn}; since it was lost it was read, and nothing more"
         return _replaced(PageClass.STALE, reason, buffers, server)
+    if poison is not None and _lost_again(disk, buffers, wal.records, poison):
+        return _refuse(
+            f"it had lost changes before the record at {poison.first_after}, and has lost some again: what was on it"
+            " since cannot be told (a full backup after the first repair would tell)"
+        )
     if poison is not None:
         what = "zeroes" if poison.stale_lsn.value == 0 else f"an old page of {poison.stale_lsn}"
         return Judgement(
@@ -307,6 +312,18 @@ def _readable(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFac
     if disk.state == "good" and not stale:
         return Judgement(PageClass.HEALTHY, Procedure.NOTHING, "the page is as the WAL left it")
     return _lost(disk, buffers, wal, server)
+
+
+def _lost_again(disk: OnDisk, buffers: InBuffers, records: Sequence[BlockRecord], poison: Poison) -> bool:
+    """Whether the page, used again after the damage, lacks changes made to it since then too.
+
+    Bringing the first ones over as rows, or finding that this was done, would leave the others lost.
+    """
+    later = [record for record in records if record.lsn >= poison.first_after]
+    if find_poison(later) is not None:
+        return True
+    shown = [lsn for lsn in (disk.lsn, buffers.lsn) if lsn is not None]
+    return buffers.state != "unknown" and (not shown or max(shown) <= later[-1].lsn)
 
 
 def _lost(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFactsForPages) -> Judgement:
