@@ -281,7 +281,7 @@ def _choose(
 def _filter(clone: Clone, plan: RestorePlan, selection: Selection, part: Part) -> WalFilter:
     present, absent = selection.split(part.files[plan.backup.id])
     pieces = {place: Piece(cut.path, cut.blocks, cut.pages) for place, cut in selection.cuts.items()}
-    return WalFilter(clone.programs, clone.spool.folder, plan.backup.segment_bytes, present, absent, pieces)
+    return WalFilter(clone.spool.folder, plan.backup.segment_bytes, present, absent, pieces)
 
 
 def _configure(clone: PartialClone, settings: Mapping[str, str]) -> None:

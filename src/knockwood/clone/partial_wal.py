@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from knockwood.clone.pieces import Piece
 from knockwood.clone.spool import runs
 from knockwood.errors import ProgramFailedError, RecoveryFailedError, RefusedError
@@ -26,51 +29,47 @@ from knockwood.host import files
 from knockwood.model.wal import Lsn, Timeline, WalSegment
 from knockwood.postgres.binaries import Programs
 from knockwood.postgres.pages import relation_file
-from knockwood.postgres.walreader import (
-    LONG_HEADER,
-    PAGE_BYTES,
-    SHORT_HEADER,
-    Reader,
-    files_end,
-    parse_lsn,
+from knockwood.postgres.walendings import COMMIT, COMMIT_PREPARED, HAS_INFO, OPERATION_MASK, parse_ending
+from knockwood.postgres.walpages import Bytes, Ints, Tail, Words, read_segment
+from knockwood.postgres.walreader import LONG_HEADER, PAGE_BYTES, SHORT_HEADER, Reader, files_end, parse_lsn
+from knockwood.postgres.walrecords import (
+    DBASE,
+    HAS_IMAGE,
+    HEAP,
+    HEAP2,
+    SMGR,
+    STANDBY,
+    WILL_INIT,
+    XACT,
+    XLOG,
+    Records,
+    References,
+    decode,
 )
+
+Flags = NDArray[np.bool_]
 
 Locator = tuple[int, int, int]
 """Tablespace, database, file number of a relation; all its forks and segments."""
 
 _DEFAULT_SPACE, _GLOBAL_SPACE = 1663, 1664
 
-# src/include/access/rmgrlist.h: those whose records change the blocks they name and nothing else.
-_MANAGERS: Final = {
-    b"XLOG": 0,
-    b"Storage": 2,
-    b"Standby": 8,
-    b"Heap2": 9,
-    b"Heap": 10,
-    b"Btree": 11,
-    b"Hash": 12,
-    b"Gin": 13,
-    b"Gist": 14,
-    b"Sequence": 15,
-    b"SPGist": 16,
-    b"BRIN": 17,
-    b"Generic": 20,
-}
+# src/include/access/rmgrlist.h, those whose records change the blocks they name and nothing else: XLOG (images),
+# Heap2, Heap, Btree, Hash, Gin, Gist, Sequence, SPGist, BRIN, Generic.
+_CHANGE_BLOCKS: Final = np.array([XLOG, HEAP2, HEAP, 11, 12, 13, 14, 15, 16, 17, 20], np.uint8)
+_IMAGES: Final = np.array([0xA0, 0xB0], np.uint8)  # XLOG_FPI_FOR_HINT, XLOG_FPI
+_KIND: Final = 0xF0
+_CREATE, _TRUNCATE, _LOCK = 0x10, 0x20, 0x00
+_COPY_FILES, _DROP_DATABASE = 0x00, 0x20
+_FORKS: Final = ("", "fsm", "vm", "init")
 _NOOP_INFO: Final = 0x20
 _HEADER = struct.Struct("<IIQBBHI")  # xl_tot_len, xl_xid, xl_prev, xl_info, xl_rmid, padding, xl_crc
 
-_LINE = re.compile(
-    rb"^rmgr: (\w+) +len \(rec/tot\): +\d+/ *(\d+), tx: +\d+, lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
-    rb" desc: ([^\n]*)",
+_LOCKS = re.compile(
+    rb"^rmgr: Standby +len \(rec/tot\): +\d+/ *(\d+), tx: +\d+, lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
+    rb" desc: LOCK",
     re.MULTILINE,
 )
-_REFERENCE = re.compile(rb"blkref #\d+: rel (\d+/\d+/\d+) ")
-_BLOCK = re.compile(
-    rb"blkref #(\d+): rel (\d+/\d+/\d+) (?:fork (\w+) )?blk (\d+)( FPW(?! for WAL verification))?"
-)
-_DROPPED = re.compile(rb"; rels:((?: [^\s;]+)+)")
-_REMOVED = re.compile(rb"DROP dir((?: \d+/\d+)+)")
-_COPIES = re.compile(rb"copy dir \S+ to (\S+)")
 
 
 def locator_of(path: str) -> Locator | None:
@@ -86,11 +85,6 @@ def locator_of(path: str) -> Locator | None:
     return (int(words[1]), int(words[3]), found.node)
 
 
-def _locator(name: bytes) -> Locator:
-    space, database, number = map(int, name.split(b"/"))
-    return space, database, number
-
-
 @dataclass(slots=True)
 class WalFilter:
     """Takes out of a spool what concerns `absent` relations, and learns which relations the WAL makes.
@@ -99,15 +93,12 @@ class WalFilter:
     one may begin again in segments that were fetched anew.
     """
 
-    programs: Programs
     folder: Path
     segment_bytes: int
     present: frozenset[Locator]
     absent: frozenset[Locator]
     pieces: Mapping[Locator, Piece] = field(default_factory=dict)
     """Present relations of which the clone has only some blocks."""
-    options: tuple[str, ...] = ()
-    """Filters for pg_waldump, where only some records are looked at."""
     created: dict[Locator, int] = field(default_factory=dict)
     """Relations made by the WAL, whole in it, with the place of the record that makes them."""
     unexplained: dict[Locator, int] = field(default_factory=dict)
@@ -125,10 +116,17 @@ class WalFilter:
         RecoveryFailedError where it cannot be read up to the target.
         """
         complaint: str | None = None
-        for first, last in runs(segments):
-            low = max(first.start, start)
-            if low < last.end:
-                complaint = self._run(first.timeline, low, last.end)
+        tail: Tail | None = None
+        previous: WalSegment | None = None
+        for segment in sorted(segments, key=lambda each: each.number):
+            if segment.end <= start:
+                continue
+            if previous is None or previous.number + 1 != segment.number:
+                tail = None
+            complaint, tail = self._segment(segment, tail, start)
+            previous = segment
+            if complaint is not None:
+                break
         if target is not None and (self.reached is None or self.reached < target):
             raise ProgramFailedError(
                 f"the WAL can be read only to {self.reached}, not to {target}: {complaint or 'it ends'}",
@@ -139,115 +137,211 @@ class WalFilter:
         """Whether a relation that the clone has on disk is all there."""
         return relation in self.present or relation in self.created
 
-    def _run(self, timeline: Timeline, start: Lsn, end: Lsn) -> str | None:
-        """One stretch of segments; what pg_waldump complained of at its end, or None."""
-        reader = Reader(self.programs, self.folder, timeline, self.segment_bytes, None)
-        end = min(end, files_end(self.folder, timeline, start, self.segment_bytes))
-        complaints: list[str] = []
-        cache: dict[bytes, Locator] = {}
-        position = b""
-        with closing(Patcher(self.folder, timeline, self.segment_bytes)) as patcher:
-            for block in reader.blocks(self.options, start, end, complaints.append):
-                for rmgr, size, position, text in _LINE.findall(block):
-                    self.scanned += 1
-                    manager = _MANAGERS.get(rmgr)
-                    if manager is None:
-                        self._learn(rmgr, text)
-                    elif self._concerns_absent(rmgr, text, position, cache):
-                        patcher.silence(parse_lsn(position), int(size), manager)
-                        self.silenced += 1
-        if position:
-            self.reached = Lsn(parse_lsn(position))
-        return complaints[0] if complaints else None
+    def _segment(
+        self, segment: WalSegment, before: Tail | None, start: Lsn
+    ) -> tuple[str | None, Tail | None]:
+        """One segment; why its WAL breaks off (None: it does not), and what it leaves to the next."""
+        path = self.folder / segment.name
+        with files.translated(path):
+            raw = np.memmap(path, np.uint8, "r+")
+        found = read_segment(raw, segment, before)
+        with closing(Patcher(self.folder, segment.timeline, self.segment_bytes)) as patcher:
+            for stretch in found.stretches:
+                records = decode(stretch)
+                if records.bad is not None:
+                    where = Lsn(int(records.lsn[records.bad]))
+                    raise RecoveryFailedError(f"the record at {where} contradicts itself", where=str(path))
+                rows = self.judge(records, start, found.major or 0)
+                self.silenced += len(rows)
+                _silence(raw, segment, records, rows, patcher)
+        return found.broken, found.tail
 
-    def _concerns_absent(self, rmgr: bytes, text: bytes, lsn: bytes, cache: dict[bytes, Locator]) -> bool:
-        if rmgr == b"Storage":
-            return self._storage(text, parse_lsn(lsn))
-        if rmgr == b"Standby":
-            # A transaction in progress at the target (such as the DROP that is to be undone) would lock
-            # its relations for whoever reads here, and nobody can end it. Nobody reads during replay.
-            return text.startswith(b"LOCK")
-        if rmgr == b"XLOG" and not text.startswith(b"FPI"):
-            return False
-        names = _REFERENCE.findall(text)
-        absent = bool(names)
-        for name in names:
-            relation = cache.get(name)
-            if relation is None:
-                relation = cache[name] = _locator(name)
-            if relation in self.pieces:
-                return self._beside_pieces(text, parse_lsn(lsn), alone=len(names) == 1)
-            if relation in self.present:
-                absent = False
-            elif relation not in self.absent or (
-                relation in self.created and parse_lsn(lsn) >= self.created[relation]
-            ):
-                absent = False
-                if relation not in self.created:
-                    self.unexplained.setdefault(relation, parse_lsn(lsn))
-        return absent
+    def judge(self, records: Records, start: Lsn, major: int) -> Ints:
+        """The rows of the records from `start` on that are to be silenced; learns from all of them."""
+        count = len(records)
+        fresh = records.lsn >= start.value
+        self.scanned += int(fresh.sum())
+        if count:
+            self.reached = max(self.reached or Lsn(0), Lsn(int(records.lsn[-1])))
+        kind = records.info & np.uint8(_KIND)
+        for row in np.flatnonzero(fresh & (records.manager == DBASE) & (kind == _COPY_FILES)):
+            _refuse_copy(records.data(int(row)))
+        silent = (records.manager == STANDBY) & (kind == _LOCK)
+        # Whoever reads would wait for a transaction in progress (such as the DROP that is to be undone),
+        # which nobody can end. Nobody reads during replay.
+        for row in np.flatnonzero(fresh & (records.manager == SMGR)):
+            silent[row] = self._storage(records.data(int(row)), int(kind[row]), int(records.lsn[row]))
+        silent |= self._of_absent(records, fresh)
+        if self.unexplained:
+            self._forget_dropped(records, np.flatnonzero(fresh), kind, major)
+        return np.flatnonzero(silent & fresh)
 
-    def _beside_pieces(self, text: bytes, lsn: int, *, alone: bool) -> bool:
-        """Whether a record that names a relation in pieces names nothing that is here; if it does, redo will
-        look at the other blocks that it names as well. `alone`: it names one block."""
-        if alone and (match := _BLOCK.search(text)) is not None:
-            only = self.pieces[_locator(match[2])]
-            return match[3] is not None or not only.holds(("", int(match[4])), lsn)
-        references = [
-            (_locator(name), (fork.decode(), int(block)), number, bool(image))
-            for number, name, fork, block, image in _BLOCK.findall(text)
-        ]
-        here = False
-        for relation, spot, _, _ in references:
-            piece = self.pieces.get(relation)
-            if piece is None:
-                here |= relation not in self.absent or self.created.get(relation, lsn + 1) <= lsn
-            else:
-                here |= spot[0] == "" and piece.holds(spot, lsn)
-        if not here:
-            return True
-        init = b"+INIT " in text
-        for relation, spot, number, image in references:
-            piece = self.pieces.get(relation)
-            if piece is not None and not piece.holds(spot, lsn):
-                piece.beside(spot, lsn, image or (init and number == b"0"))
-        return False
+    def _of_absent(self, records: Records, fresh: Flags) -> Flags:
+        """Which records name blocks, and none that is here."""
+        refs = records.references
+        named = np.zeros(len(records), bool)
+        named[refs.record] = True
+        relations, code = _relations(refs)
+        lsn = records.lsn[refs.record]
+        here = np.zeros(len(code), bool)
+        for number, relation in enumerate(relations):
+            if relation not in self.pieces:
+                mine = np.flatnonzero(code == number)
+                here[mine] = self._is_here(relation, lsn[mine], fresh[refs.record[mine]])
+        keep = np.zeros(len(records), bool)
+        keep[refs.record[here]] = True
+        for relation, piece in self.pieces.items():
+            if relation in relations:
+                mine = np.flatnonzero((code == relations.index(relation)) & fresh[refs.record])
+                _keep_pieces(piece, refs, mine, lsn[mine], keep)
+        changes = np.isin(records.manager, _CHANGE_BLOCKS)
+        changes &= (records.manager != XLOG) | np.isin(records.info & np.uint8(_KIND), _IMAGES)
+        silent: Flags = named & ~keep & changes
+        return silent
 
-    def _storage(self, text: bytes, lsn: int) -> bool:
+    def _is_here(self, relation: Locator, lsn: Ints, fresh: Flags) -> Flags:
+        """For references to one relation, whether it is on the clone at that point."""
+        if relation in self.present:
+            return np.ones(len(lsn), bool)
+        made = self.created.get(relation)
+        if relation in self.absent:
+            found: Flags = lsn >= made if made is not None else np.zeros(len(lsn), bool)
+            return found
+        if made is None and fresh.any():
+            self.unexplained.setdefault(relation, int(lsn[fresh].min()))
+        return np.ones(len(lsn), bool)
+
+    def _storage(self, data: bytes, kind: int, lsn: int) -> bool:
         """Storage CREATE tells that a relation is whole in the WAL; TRUNCATE would make an empty file."""
-        verb, _, rest = text.partition(b" ")
-        path = rest.split(b" ", 1)[0].decode()
-        relation = locator_of(path)
-        if relation is None:
-            return False
-        if relation in self.pieces:
-            raise RefusedError(f"the WAL truncates {path}, of which only some blocks were to be fetched")
-        if verb == b"CREATE":
+        if kind == _CREATE:
+            relation = struct.unpack_from("<III", data)
             if relation not in self.present:
                 self.created.setdefault(relation, lsn)
                 self.unexplained.pop(relation, None)
             return False
+        if kind != _TRUNCATE:
+            return False
+        relation = struct.unpack_from("<III", data, 4)
+        if relation in self.pieces:
+            raise RefusedError("the WAL truncates a table of which only some blocks were to be fetched")
         return relation in self.absent and not (relation in self.created and lsn >= self.created[relation])
 
-    def _learn(self, rmgr: bytes, text: bytes) -> None:
-        if rmgr == b"Transaction" and (dropped := _DROPPED.search(text)):
-            for path in dropped[1].split():
-                relation = locator_of(path.decode())
-                if relation is not None:
-                    self.unexplained.pop(relation, None)
-        elif rmgr == b"Database" and (removed := _REMOVED.match(text)):
-            gone = {tuple(map(int, pair.split(b"/"))) for pair in removed[1].split()}
+    def _forget_dropped(self, records: Records, rows: Ints, kind: Bytes, major: int) -> None:
+        """What a commit or a dropped database takes away need not be explained."""
+        for row in rows[records.manager[rows] == XACT]:
+            for relation in _dropped(int(records.info[row]), records.data(int(row)), major):
+                self.unexplained.pop(relation, None)
+        for row in rows[(records.manager[rows] == DBASE) & (kind[rows] == _DROP_DATABASE)]:
+            data = records.data(int(row))
+            database, count = struct.unpack_from("<II", data)
+            gone = {(space, database) for space in struct.unpack_from(f"<{count}I", data, 8)}
             self.unexplained = {r: lsn for r, lsn in self.unexplained.items() if r[:2] not in gone}
-        elif rmgr == b"Database" and (copied := _COPIES.search(text)):
-            raise RefusedError(
-                f"the WAL copies a whole database by its files (to {copied[1].decode()}),"
-                " which a clone of some relations does not have"
-            )
 
 
-def lock_filter(programs: Programs, folder: Path, segment_bytes: int) -> WalFilter:
-    """A filter that silences nothing but the locks of transactions in progress, for a whole clone."""
-    return WalFilter(programs, folder, segment_bytes, frozenset(), frozenset(), options=("--rmgr=Standby",))
+def _relations(refs: References) -> tuple[list[Locator], Ints]:
+    """The relations that references name, and of each reference the number of its relation."""
+    pair = (refs.database.astype(np.uint64) << np.uint64(32)) | refs.filenode
+    pairs, first = np.unique(pair, return_inverse=True)
+    spaces, second = np.unique(refs.tablespace, return_inverse=True)
+    found, code = np.unique(first * max(len(spaces), 1) + second, return_inverse=True)
+    relations = []
+    for each in found:
+        both = int(pairs[each // max(len(spaces), 1)])
+        relations.append((int(spaces[each % max(len(spaces), 1)]), both >> 32, both & 0xFFFF_FFFF))
+    return relations, code.astype(np.int64)
+
+
+def _keep_pieces(piece: Piece, refs: References, mine: Ints, lsn: Ints, keep: Flags) -> None:
+    """Mark the records to be replayed that name a block which is here, and learn what else they name.
+
+    What one of them makes whole is here from then on: so once more, until nothing is new.
+    """
+    record, block, fork = refs.record[mine], refs.block[mine], refs.fork[mine]
+    whole = (refs.flags[mine] & np.uint8(HAS_IMAGE | WILL_INIT)) != 0
+    held = (fork == 0) & np.isin(block, np.array(sorted(piece.blocks), np.uint32))
+    seen = np.zeros(len(mine), bool)
+    while True:
+        here = held | ((fork == 0) & _joined(piece, block, lsn))
+        keep[record[here]] = True
+        beside = np.flatnonzero(keep[record] & ~here & ~seen)
+        if not len(beside):
+            return
+        seen[beside] = True
+        for at in beside:
+            spot = (_FORKS[int(fork[at])], int(block[at]))
+            if not piece.holds(spot, int(lsn[at])):
+                piece.beside(spot, int(lsn[at]), bool(whole[at]))
+
+
+def _joined(piece: Piece, block: Words, lsn: Ints) -> Flags:
+    """Which references are to blocks of the main fork that the WAL had made whole by then."""
+    made = sorted((number, since) for (fork, number), since in piece.joined.items() if fork == "")
+    if not made:
+        return np.zeros(len(block), bool)
+    blocks = np.array([number for number, _ in made], np.int64)
+    since = np.array([lsn for _, lsn in made], np.int64)
+    place = np.minimum(np.searchsorted(blocks, block), len(blocks) - 1)
+    found: Flags = (blocks[place] == block) & (since[place] <= lsn)
+    return found
+
+
+def _dropped(info: int, data: bytes, major: int) -> tuple[Locator, ...]:
+    """The relations that a commit record drops."""
+    operation = info & OPERATION_MASK
+    if operation not in (COMMIT, COMMIT_PREPARED) or not info & HAS_INFO:
+        return ()
+    return parse_ending(data, operation, major).dropped
+
+
+def _refuse_copy(data: bytes) -> None:
+    database, space = struct.unpack_from("<II", data)
+    raise RefusedError(
+        f"the WAL copies a whole database by its files (to {space}/{database}),"
+        " which a clone of some relations does not have"
+    )
+
+
+def _silence(raw: Bytes, segment: WalSegment, records: Records, rows: Ints, patcher: Patcher) -> None:
+    """Make records no-ops: where their header lies in one page of the segment all at once."""
+    lsn = records.lsn[rows]
+    near = (lsn >= segment.start.value) & (lsn % PAGE_BYTES <= PAGE_BYTES - _HEADER.size)
+    for row in rows[~near]:
+        patcher.silence(int(records.lsn[row]), int(records.length[row]), int(records.manager[row]))
+    rows, at = rows[near], lsn[near] - segment.start.value
+    kind = records.info[rows].astype(np.int64) << 8 | records.manager[rows]
+    kinds, which = np.unique(kind, return_inverse=True)
+    changes = np.array(
+        [crc_change(int(each >> 8) ^ _NOOP_INFO, int(each & 0xFF)) for each in kinds], np.uint32
+    )
+    if len(rows):
+        raw.view("<u4")[(at + 20) >> 2] ^= changes[which]
+        raw[at + 16] = _NOOP_INFO
+        raw[at + 17] = 0
+
+
+@dataclass(slots=True)
+class LockFilter:
+    """Silences the locks of transactions in progress in a whole clone's spool, of any version."""
+
+    programs: Programs
+    folder: Path
+    segment_bytes: int
+    reached: Lsn | None = None
+    """Where the last record that was looked at starts."""
+
+    def apply(self, segments: Collection[WalSegment], start: Lsn) -> None:
+        """Look at the spool's `segments` from `start` on, as far as they can be read."""
+        for first, last in runs(segments):
+            low, high = max(first.start, start), last.end
+            if low >= high:
+                continue
+            high = min(high, files_end(self.folder, first.timeline, low, self.segment_bytes))
+            reader = Reader(self.programs, self.folder, first.timeline, self.segment_bytes, None)
+            with closing(Patcher(self.folder, first.timeline, self.segment_bytes)) as patcher:
+                for block in reader.blocks(("--rmgr=Standby",), low, high, lambda _: None):
+                    for size, lsn in _LOCKS.findall(block):
+                        self.reached = Lsn(parse_lsn(lsn))
+                        patcher.silence(self.reached.value, int(size), STANDBY)
 
 
 class Patcher:
@@ -279,7 +373,7 @@ class Patcher:
         length, xid, previous, info, found, padding, crc = header
         if length != size or found != manager:
             raise RecoveryFailedError(
-                f"the record at {Lsn(lsn)} is not the one that pg_waldump printed", where=str(self._folder)
+                f"the record at {Lsn(lsn)} is not the one that was read before", where=str(self._folder)
             )
         return length, xid, previous, _NOOP_INFO, 0, padding, crc ^ crc_change(info ^ _NOOP_INFO, manager)
 

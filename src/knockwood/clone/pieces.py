@@ -55,7 +55,7 @@ class Piece:
     def beside(self, spot: Spot, lsn: int, made_whole: bool) -> None:
         """A record that is replayed names this too, and brings all of it or only changes it."""
         if made_whole:
-            self.joined.setdefault(spot, lsn)
+            self.joined[spot] = min(lsn, self.joined.get(spot, lsn))
         else:
             self.fenced.add(spot)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from knockwood.clone import goal as goals
 from knockwood.clone.goal import Goal
-from knockwood.clone.partial_wal import WalFilter, lock_filter
+from knockwood.clone.partial_wal import LockFilter
 from knockwood.clone.recovery import Recovery, UnreadableError
 from knockwood.clone.registry import Entry, Registry, sign
 from knockwood.clone.spool import Spool, refuse_new_tablespaces
@@ -67,7 +67,7 @@ class Clone:
     reached_lsn: Lsn = field(default_factory=lambda: Lsn(0))
     promoted: bool = False
     timings: Timings = field(default_factory=Timings)
-    lock_filter: WalFilter | None = None
+    lock_filter: LockFilter | None = None
     harmless_to: Lsn = field(default_factory=lambda: Lsn(0))
     """Up to where the WAL was seen to make no tablespace."""
     whole_because: str = ""
@@ -131,7 +131,7 @@ class Clone:
             start = plan.backup.start_lsn
             if self.lock_filter.reached is not None:
                 start = min([self.lock_filter.reached, *(piece.segment.start for piece in missing)])
-            self.lock_filter.apply([piece.segment for piece in plan.wal], start, None)
+            self.lock_filter.apply([piece.segment for piece in plan.wal], start)
         self.timings.wal = clock.monotonic() - began
 
     def _refuse_tablespaces(self, plan: RestorePlan, missing: Iterable[WalPiece]) -> None:
@@ -343,7 +343,7 @@ def spawn(
         clone = make(repository, plan, workspace, programs, entry.record.socket_directory, unreadable)
         clone.entry = entry
         if free_of_locks:
-            clone.lock_filter = lock_filter(programs, clone.spool.folder, plan.backup.segment_bytes)
+            clone.lock_filter = LockFilter(programs, clone.spool.folder, plan.backup.segment_bytes)
         require_room(workspace.root, plan)
         workspace.create(lambda: sign(entry.record))
     except BaseException:

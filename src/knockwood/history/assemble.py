@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knockwood.history.effects import changes_catalogs, relations_of
-from knockwood.history.endings import Ending, File, microseconds, moment
 from knockwood.history.store import Head, OpenTransaction, Transactions, labels_of
 from knockwood.history.summary import INPLACE, KIND_BITS, TAKEN_BACK
 from knockwood.history.transaction import Transaction
 from knockwood.model.wal import Lsn, TimelineHistory
+from knockwood.postgres.walendings import Ending, File, microseconds, moment
 
 _HALF = 1 << 31
 _ROUND = 1 << 32

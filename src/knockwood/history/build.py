@@ -10,10 +10,10 @@ import numpy as np
 
 from knockwood.errors import KnockwoodError, ObjectDamagedError, ObjectMissingError, WrongSystemError
 from knockwood.history import store
-from knockwood.history.pages import Bytes, Tail, read_segment
 from knockwood.history.store import Head
 from knockwood.history.summary import SegmentSummary, summarize
 from knockwood.model.wal import WalSegment
+from knockwood.postgres.walpages import Bytes, Tail, read_segment
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.inventory import Partial, segment_object
 from knockwood.repository.repository import Repository

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from knockwood.history.endings import Ending, File
 from knockwood.history.summary import DELETED, IMAGE, INPLACE, INSERTED, TAKEN_BACK, UPDATED
 from knockwood.history.transaction import RelationChanges
+from knockwood.postgres.walendings import Ending, File
 
 _FIRST_NORMAL = 16384
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from knockwood.errors import UsageError
 from knockwood.history.assemble import Asked
-from knockwood.history.endings import moment
 from knockwood.history.index import ArchiveIndex, NotCovered
 from knockwood.history.marks import Mark
 from knockwood.history.names import RelationNames
 from knockwood.history.transaction import RelationChanges, Transaction
 from knockwood.model.finding import Verdict
 from knockwood.model.wal import Lsn, WalRange
+from knockwood.postgres.walendings import moment
 
 _FIRST_NORMAL = 16384
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from knockwood.errors import ObjectDamagedError, ObjectExistsError
 from knockwood.history.columns import Column, pack, unpack
-from knockwood.history.endings import Ending, File
 from knockwood.history.summary import BLOCK_DELTAS, KIND_BITS, TRANSACTION_DELTAS, SegmentSummary
 from knockwood.model.wal import WalSegment
+from knockwood.postgres.walendings import Ending, File
 from knockwood.repository.repository import Repository
 from knockwood.repository.walk import Piece
 

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knockwood.errors import ObjectDamagedError
-from knockwood.history import endings, records
 from knockwood.history.columns import Column
-from knockwood.history.endings import Ending, File
-from knockwood.history.pages import Bytes, Ints, SegmentRecords
-from knockwood.history.records import Records, References, decode
+from knockwood.postgres import walendings as endings
+from knockwood.postgres import walrecords
+from knockwood.postgres.walendings import Ending, File
+from knockwood.postgres.walpages import Bytes, Ints, SegmentRecords
+from knockwood.postgres.walrecords import Records, References, decode
 
 # What happened to tuples. A speculative insertion that lost its race is taken back.
 # Images are pages written whole: by a rewrite, an index build, or the first change after a checkpoint.
@@ -160,7 +161,7 @@ class _Maker:
         relation = np.full(len(rows), -1, np.int64)
         # Each record's first reference: an update's new page, of the same relation as its old one.
         relation[references.record[::-1]] = numbers[::-1]
-        heap = np.flatnonzero((rows.manager == records.HEAP) & (relation >= 0))
+        heap = np.flatnonzero((rows.manager == walrecords.HEAP) & (relation >= 0))
         info = rows.info.take(heap)
         kind = _KINDS.take((info & np.uint8(_OPERATION)) >> np.uint8(4))
         deleted = np.flatnonzero(kind == DELETED)
@@ -172,7 +173,9 @@ class _Maker:
         key.sort()
         border = np.flatnonzero(np.diff(key, prepend=-1))
         self._note(key.take(border), np.diff(border, append=len(key)))
-        many = (rows.manager == records.HEAP2) & ((rows.info & _OPERATION) == _MULTI_INSERT) & (relation >= 0)
+        many = (
+            (rows.manager == walrecords.HEAP2) & ((rows.info & _OPERATION) == _MULTI_INSERT) & (relation >= 0)
+        )
         chosen = np.flatnonzero(many)
         if len(chosen):
             place = rows.main.take(chosen) + 2
@@ -184,7 +187,7 @@ class _Maker:
             )
             self._note(keys, np.bincount(each, weights=tuples).astype(np.int64))
 
-        whole = (rows.manager == records.XLOG) & ((rows.info & 0xF0) == _FULL_PAGE) & (rows.xid != 0)
+        whole = (rows.manager == walrecords.XLOG) & ((rows.info & 0xF0) == _FULL_PAGE) & (rows.xid != 0)
         chosen = np.flatnonzero(whole & (relation >= 0))
         if len(chosen):
             image = np.full(len(chosen), IMAGE, np.int64)
@@ -199,8 +202,8 @@ class _Maker:
     def _blocks_of(self, rows: Records, references: References, numbers: Ints, at: Ints) -> None:
         manager = rows.manager.take(references.record)
         info = rows.info.take(references.record)
-        heap = (manager == records.HEAP) | (manager == records.HEAP2)
-        chosen = np.flatnonzero((heap | (manager == records.XLOG)) & (references.fork == 0))
+        heap = (manager == walrecords.HEAP) | (manager == walrecords.HEAP2)
+        chosen = np.flatnonzero((heap | (manager == walrecords.XLOG)) & (references.fork == 0))
         record = references.record.take(chosen)
         kind = block_kind(manager.take(chosen), info.take(chosen))
         # In the order of the WAL: second references were read after all first ones.
@@ -219,7 +222,7 @@ class _Maker:
     # --- one by one ---------------------------------------------------------------------------------
 
     def _endings(self, rows: Records, at: Ints) -> None:
-        chosen = np.flatnonzero(rows.manager == records.XACT)
+        chosen = np.flatnonzero(rows.manager == walrecords.XACT)
         operation = rows.info.take(chosen) & endings.OPERATION_MASK
         for row in chosen[operation == endings.PREPARE]:
             top, gid = endings.parse_prepare(rows.data(int(row)))
@@ -255,7 +258,7 @@ class _Maker:
         )
 
     def _storage(self, rows: Records) -> None:
-        chosen = (rows.manager == records.SMGR) & ((rows.info & 0xF0) == 0x10)
+        chosen = (rows.manager == walrecords.SMGR) & ((rows.info & 0xF0) == 0x10)
         for row in np.flatnonzero(chosen):
             data = rows.data(int(row))
             if len(data) >= 16:
@@ -264,7 +267,7 @@ class _Maker:
                     self._created.append((int(rows.xid[row]), (file[0], file[1], file[2])))
 
     def _marks(self, rows: Records, at: Ints) -> None:
-        for row in np.flatnonzero(rows.manager == records.LOGICALMSG):
+        for row in np.flatnonzero(rows.manager == walrecords.LOGICALMSG):
             data = rows.data(int(row))
             if len(data) < _MESSAGE_HEAD.size:
                 continue
@@ -287,7 +290,7 @@ class _Maker:
     def _running(self, rows: Records) -> None:
         if self._next_xid is not None:
             return
-        chosen = np.flatnonzero((rows.manager == records.STANDBY) & ((rows.info & 0xF0) == 0x10))
+        chosen = np.flatnonzero((rows.manager == walrecords.STANDBY) & ((rows.info & 0xF0) == 0x10))
         for row in chosen[:1]:
             # xl_running_xacts: two counts, a flag, then the next xid.
             self._next_xid = int.from_bytes(rows.data(int(row))[12:16], "little")
@@ -375,8 +378,8 @@ KIND_NAMES = {
 def block_kind(manager: Bytes, info: Bytes) -> Bytes:
     """The kind of a record that touches a block."""
     operation = (info & np.uint8(_OPERATION)) >> np.uint8(4)
-    kind = np.where(manager == records.HEAP2, operation + np.uint8(8), operation)
-    return np.where(manager == records.XLOG, np.uint8(16), kind).astype(np.uint8)
+    kind = np.where(manager == walrecords.HEAP2, operation + np.uint8(8), operation)
+    return np.where(manager == walrecords.XLOG, np.uint8(16), kind).astype(np.uint8)
 
 
 def _key(xid: NDArray[Any], relation: Ints, kind: Ints) -> Ints:

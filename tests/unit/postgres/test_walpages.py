@@ -9,10 +9,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knockwood.history.pages import Tail, read_segment, sound
-from knockwood.history.records import decode
 from knockwood.model.wal import Timeline, WalSegment
+from knockwood.postgres.walpages import Tail, read_segment, sound
 from knockwood.postgres.walreader import PAGE_BYTES
+from knockwood.postgres.walrecords import decode
 
 SIZE = 1 << 16
 """Eight pages: not a size PostgreSQL allows, but nothing here depends on it."""
