@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from fix_checks import SHOP, check, found, path_of, silent, sql, writers
@@ -113,6 +114,22 @@ def test_healthy_clusters_are_silent(new_server: ServerFactory, every_version: i
         connection.close()
     server.start()
     silent(server, NAME)
+
+
+def test_an_index_whose_concurrent_build_waits_is_silent(new_server: ServerFactory) -> None:
+    server = new_server(18)
+    sql(server, SHOP)
+    with ThreadPoolExecutor() as pool:
+        with connect(server.dsn()) as writer, writer.transaction():
+            writer.execute("insert into other values (0, 'holds the build up')")
+            build = pool.submit(sql, server, "create index concurrently waiting on other (body)")
+            while not sql(server, "select count(*) from pg_index where not indisready"):
+                assert not build.done()
+            empty = server.data_directory / path_of(server, "waiting")
+            assert empty.stat().st_size == 0
+            silent(server, "segment_files")
+        build.result(60)
+    assert empty.stat().st_size > 0
 
 
 def test_a_table_under_writers_is_silent(new_server: ServerFactory) -> None:

@@ -16,7 +16,8 @@ from knockwood.postgres.connection import Connection, translated
 @dataclass(frozen=True, slots=True)
 class Relation:
     """A relation with storage. `kind` and `persistence` are pg_class's letters, `path` is relative to the
-    data directory, `pages` the planner's estimate. An index names its table, a TOAST table its owner."""
+    data directory, `pages` the planner's estimate. An index names its table, a TOAST table its owner.
+    `ready` is false for an index whose concurrent build has only been announced: its file is empty."""
 
     database: str
     oid: int
@@ -28,6 +29,7 @@ class Relation:
     shared: bool
     pages: int
     owner: str | None
+    ready: bool
 
     @property
     def is_index(self) -> bool:
@@ -57,7 +59,8 @@ select c.oid::int8, pg_catalog.format('%I.%I', n.nspname, c.relname), c.relkind:
            (select pg_catalog.format('%I.%I', tn.nspname, t.relname)
             from pg_catalog.pg_class t
             join pg_catalog.pg_namespace tn on tn.oid = t.relnamespace
-            where t.reltoastrelid = c.oid and c.relkind = 't'))
+            where t.reltoastrelid = c.oid and c.relkind = 't')),
+       coalesce((select i.indisready from pg_catalog.pg_index i where i.indexrelid = c.oid), true)
 from pg_catalog.pg_class c
 join pg_catalog.pg_namespace n on n.oid = c.relnamespace
 left join pg_catalog.pg_am a on a.oid = c.relam

@@ -240,8 +240,8 @@ def _catalog_flaw(relation: Relation, sizes: Mapping[str, int], in_recovery: boo
     size = sizes.get(relation.path)
     if size is None:
         return relation.path, "the relation's file is missing"
-    # Every index has a metapage and every sequence its one row; an empty table has no bytes.
-    if size == 0 and relation.kind in ("i", "S"):
+    # Every index has a metapage once it is built, and every sequence its one row; an empty table has no bytes.
+    if size == 0 and relation.kind in ("i", "S") and relation.ready:
         return relation.path, "the file is empty, and it never is for this kind of relation"
     return None
 
