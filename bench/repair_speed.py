@@ -74,7 +74,7 @@ def _section(bench: Repairs, size: str, warm: bool) -> tuple[str, list[str]]:
         for one in takes
     ]
     header = ("what", "how", "seconds", "writers blocked s", "times as fast as the fastest restore", "")
-    title = f"### {bench.site.bytes / 1e9:.2f} GB, {bench.wal_megabytes():.0f} MB of WAL after the backup"
+    title = f"### {bench.site.bytes / 1e9:.2f} GB, {bench.wal_megabytes():.0f} MB of WAL in the repository"
     return "\n\n".join([title, markdown(header, rows)]), _missed(takes, peer, size)
 
 
