@@ -12,7 +12,8 @@ from knockwood.host.priority import wait_behind_everybody as wait
 wait()
 wait()
 group = pathlib.Path("/proc/self/autogroup")
-print(os.nice(0), group.read_text().split()[-1] if group.exists() else None)
+said = group.read_text().split() if group.exists() else []
+print(os.nice(0), said[-1] if said else None)  # empty for who is in no group
 """
 
 
