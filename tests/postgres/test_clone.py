@@ -129,6 +129,37 @@ def test_a_clone_of_an_incremental_chain_with_tablespaces(
         assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
 
 
+@pytest.mark.parametrize("version", [17, 18])
+def test_a_map_from_an_incremental_backup_calls_nothing_visible_that_is_not(
+    new_server: ServerFactory, version: int, shared_folder: Path
+) -> None:
+    """PostgreSQL's summaries may not name a map's page that lost bits: such a map would hide the change."""
+    server = new_server(version, segment_megabytes=1, summarize_wal="on", autovacuum="off")
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.execute("create extension pg_visibility")
+        for name in ("changed", "quiet"):
+            made.execute(f"create table {name} (a int primary key, b int)")
+            made.execute(f"insert into {name} select i, i from generate_series(1, 20000) i")
+            made.execute(f"vacuum (freeze) {name}")
+        made.backup()
+        made.execute("delete from changed where a % 50 = 0")
+        made.execute("update changed set b = 0 where a % 70 = 1")
+        made.backup(incremental=True)
+        made.execute("delete from changed where a = 1")
+        with spawn(made.repository, made.plan("latest"), purpose="test", registry=made.registry) as clone:
+            dsn = clone.dsn()
+            assert len(clone.plan.chain) == 2
+            for ask in ("pg_check_visible", "pg_check_frozen"):
+                assert one(dsn, f"select count(*) from {ask}('changed')") == 0
+            # What nobody changed keeps its map.
+            assert one(dsn, "select all_frozen from pg_visibility_map_summary('quiet')") > 0
+            with connect(dsn) as connection:
+                connection.execute("set enable_seqscan = off")
+                connection.execute("set enable_bitmapscan = off")
+                row = connection.execute("select count(a) from changed where a > 0").fetchone()
+            assert row == (one(server.dsn(), "select count(*) from changed"),)
+
+
 def test_wal_that_would_write_over_a_live_tablespace_is_refused(
     new_server: ServerFactory, shared_folder: Path
 ) -> None:

@@ -20,6 +20,7 @@ from knockwood.errors import (
 from knockwood.host import clock, files, memory, privileges, processes
 from knockwood.host.privileges import Account
 from knockwood.postgres.binaries import Programs, runnable_by
+from knockwood.repository.backups import visibility
 from knockwood.repository.backups.extract import (
     CONTROL_FILE,
     INCOMPLETE,
@@ -266,7 +267,7 @@ def _combine(job: _Job, chain: Sequence[Backup], layout: Layout, staging: Path, 
                 folder.mkdir(mode=0o700)
                 privileges.give(folder, account)
             _extract(job, backup, Layout(root, spaces), hold=False)
-            inputs.append(root)
+            inputs.append(visibility.Tree(root, spaces))
         result = staging / "result"
         command: list[str | Path] = [programs.path("pg_combinebackup"), "--no-sync", "-o", result]
         if programs.major >= 18:
@@ -274,7 +275,9 @@ def _combine(job: _Job, chain: Sequence[Backup], layout: Layout, staging: Path, 
         number = len(chain) - 1
         for oid, place in layout.tablespaces.items():
             command += ["-T", f"{staging / f'{number}-{oid}'}={place}"]
-        processes.run([*command, *inputs], account=account, env={"LC_ALL": "C", "PATH": os.environ["PATH"]})
+        command += [tree.root for tree in inputs]
+        processes.run(command, account=account, env={"LC_ALL": "C", "PATH": os.environ["PATH"]})
+        visibility.empty_doubtful(inputs[1:], visibility.Tree(result, layout.tablespaces))
         (result / CONTROL_FILE).rename(result / (CONTROL_FILE + INCOMPLETE))
         for entry in list(result.iterdir()):
             entry.rename(layout.root / entry.name)
