@@ -335,7 +335,7 @@ def test_pages_that_nobody_has_changed_need_no_clone(new_server: ServerFactory) 
 
         def cold(beyond: dict[int, Lsn]) -> dict[int, bytes]:
             chain = list_backups(site.repository)
-            good = cold_images(subject, site.repository, chain, target, [1, 3, 5, 9999], beyond)
+            good, _ = cold_images(subject, site.repository, chain, target, [1, 3, 5, 9999], beyond)
             return dict(good.images) if good else {}
 
         assert cold({}) == {1: pages[1], 5: pages[5]}

@@ -7,21 +7,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from knockwood.clone.partial import RelationKey, spawn_for
-from knockwood.clone.registry import Registry
-from knockwood.clone.spawn import Clone, spawn
-from knockwood.errors import KnockwoodError, RefusedError
-from knockwood.integrity.check import Budget, Subject
-from knockwood.integrity.relation_files import require_own_folder
+from knockwood.errors import RefusedError
+from knockwood.history.standing import just_before
 from knockwood.model import Lsn
 from knockwood.model.recovery import Outcome, Step, StepResult
-from knockwood.operations.cluster import Cluster
-from knockwood.operations.freshness import bring_up_to_date
+from knockwood.operations.page_repair_images import GoodImages
 from knockwood.operations.page_repair_plan import (
     MAPS,
     REINDEX,
@@ -32,26 +26,18 @@ from knockwood.operations.page_repair_plan import (
     plan_pages,
 )
 from knockwood.operations.page_repair_verify import verify_pages
-from knockwood.operations.shadow import warm_clone
-from knockwood.postgres.connection import connect, translated, with_words
+from knockwood.postgres.connection import connect, with_words
 from knockwood.recover import pages_facts as facts
 from knockwood.recover import rows
 from knockwood.recover.execute import Handler
 from knockwood.recover.indexes import mend_indexes, reindex
 from knockwood.recover.journal import StepJournal
-from knockwood.recover.pages_cold import cold_images
 from knockwood.recover.pages_facts import Target
-from knockwood.recover.pages_images import Good, good_images
 from knockwood.recover.pages_maps import rebuild_map
 from knockwood.recover.pages_session import Patience
-from knockwood.recover.pages_write import Images, OutdatedError, Repaired, repair, standbys
+from knockwood.recover.pages_write import OutdatedError, Repaired, repair, standbys
 from knockwood.recover.plan.lost_rows import Key, Row
 from knockwood.recover.plan.pages import Procedure
-from knockwood.repository.backups.listing import list_backups
-from knockwood.repository.backups.model import Progress, chain
-from knockwood.repository.plans import RestorePlan
-from knockwood.repository.repository import Repository
-from knockwood.repository.targets import Latest, resolve
 
 __all__ = [
     "MAPS",
@@ -69,188 +55,14 @@ _NEW_CLONES = 3
 
 
 @dataclass(slots=True)
-class PageRepairs:
-    """What the steps of one plan share: the server as subject, and a clone per table, made when first asked.
+class PageRepairs(GoodImages):
+    """The handlers of one plan, with the images that they share."""
 
-    As a context manager it destroys the clones at the end.
-    """
-
-    cluster: Cluster
-    repository: Repository
     patience: Patience = field(default_factory=Patience)
-    progress: Callable[[Progress], None] | None = None
-    _clones: dict[tuple[str, int], Clone] = field(default_factory=dict)
-    _subject: Subject | None = None
 
     @property
     def handlers(self) -> tuple[Handler, ...]:
         return (_Pages(self), _Maps(self), _Rows(self), _Reindex(self))
-
-    @property
-    def subject(self) -> Subject:
-        if self._subject is None:
-            subject = self.cluster.subject(Budget(), repository=self.repository)
-            if subject.data_directory is None:
-                raise RefusedError(
-                    "page repair writes the server's files",
-                    hint="set data_directory, and run it on that host",
-                )
-            require_own_folder(subject, subject.data_directory)
-            self._subject = subject
-        return self._subject
-
-    def images(self, backups: Sequence[str]) -> Images:
-        """Asks a clone of the first backup, made or made anew as needed, for images; of those that are not
-        proven there (it may have been taken after the damage) the next."""
-
-        def ask(
-            target: Target,
-            blocks: Collection[int],
-            before: Lsn | None = None,
-            beyond: Mapping[int, Lsn] = facts.NOTHING_KNOWN,
-        ) -> Sequence[Good]:
-            found: list[Good] = []
-            doubts: dict[int, str] = {}
-            left = set(blocks)
-            for backup in backups:
-                try:
-                    if before is None:
-                        cold = self._cold(backup, target, left, beyond)
-                        if cold is not None:
-                            found.append(cold)
-                            left -= cold.images.keys()
-                            if not left:
-                                break
-                    if before is not None:
-                        good = self._from_before(before, backup, target, left, beyond)
-                    else:
-                        good = self._newest_images(backup, target, left, beyond)
-                except KnockwoodError as error:
-                    if not found:
-                        raise
-                    # What is proven is mended all the same.
-                    doubts = {block: doubts.get(block, str(error)) for block in left}
-                    break
-                found.append(good)
-                left -= good.images.keys()
-                doubts = {block: doubts.get(block, good.doubts[block]) for block in left}
-                if not left:
-                    break
-            found[-1] = replace(found[-1], doubts={block: doubts[block] for block in left})
-            return found
-
-        return ask
-
-    def _cold(
-        self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
-    ) -> Good | None:
-        """What needs no clone, because the backup has it as it is to be."""
-        known = list_backups(self.repository)
-        if all(each.id != backup for each in known):
-            return None
-        return cold_images(self.subject, self.repository, chain(known, backup), target, blocks, beyond)
-
-    def _newest_images(
-        self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
-    ) -> Good:
-        key = (backup, target.oid)
-        clone = self._clones.get(key)
-        held = clone.held(target.node) if clone is not None else None
-        if held is not None and not held.issuperset(blocks):
-            self.forget(backup, target)
-            clone = None
-        if clone is None:
-            clone = self._clones[key] = self.clone_at(backup, target, blocks=frozenset(blocks))
-        whole = type(clone) is Clone  # others are shared or not complete: never opened for writes
-        try:
-            good = good_images(self.subject, clone, target, blocks, beyond=beyond, may_promote=whole)
-            if not good.doubts or whole:
-                return good
-            self._move_on(clone, backup, target)
-            return good_images(self.subject, clone, target, blocks, beyond=beyond, may_promote=False)
-        except KnockwoodError:
-            self.forget(backup, target)
-            raise
-
-    def _from_before(
-        self, lsn: Lsn, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
-    ) -> Good:
-        """Images from before a record, of a whole clone: it has to be promoted to write them all down."""
-        plan = _before(self._newest(backup, target), lsn)
-        with spawn(
-            self.repository,
-            plan,
-            programs=self.cluster.programs(plan.backup.major),
-            purpose="page repair",
-            progress=self.progress,
-            registry=Registry(self.cluster.settings.proof.clones or self.cluster.state),
-        ) as clone:
-            return good_images(self.subject, clone, target, blocks, beyond=beyond)
-
-    def forget(self, backup: str, target: Target) -> None:
-        """Destroy the clone of a backup that holds the target: the next one stands at a later point."""
-        clone = self._clones.pop((backup, target.oid), None)
-        if clone is not None:
-            clone.destroy()
-
-    def clone_at(
-        self,
-        backup: str,
-        target: Target,
-        at: Callable[[RestorePlan], RestorePlan] = lambda plan: plan,
-        *,
-        blocks: frozenset[int] | None = None,
-    ) -> Clone:
-        """A clone with the target's table, at the point that `at` makes of the plan to the newest commit.
-
-        From the shadow where that can give one, else of the table alone (with `blocks`, of these of the
-        target), else of the whole backup.
-        """
-        plan = at(self._newest(backup, target))
-        registry = Registry(self.cluster.settings.proof.clones or self.cluster.state)
-        warm = warm_clone(self.cluster, self.repository, plan, registry=registry, wait=2)
-        if warm is not None:
-            return warm
-        return spawn_for(
-            self.repository,
-            plan,
-            [
-                RelationKey(
-                    target.database, oid=target.owner_oid if blocks is None else target.oid, blocks=blocks
-                )
-            ],
-            programs=self.cluster.programs(plan.backup.major),
-            purpose="page repair",
-            progress=self.progress,
-            registry=registry,
-        )
-
-    def _newest(self, backup: str, target: Target) -> RestorePlan:
-        # A commit now makes everything before it part of the newest state of the archive.
-        facts.flush_wal(self.subject, target.database)
-        fresh = bring_up_to_date(self.cluster, self.repository)
-        if not fresh.complete:
-            raise RefusedError(fresh.detail, hint="keep `knockwood wal receive` running, and try again")
-        return resolve(self.repository, Latest(), backup=backup, programs_for=self.cluster.programs)
-
-    def _move_on(self, clone: Clone, backup: str, target: Target) -> None:
-        """Have a clone that cannot be promoted write what is in its buffers: it may once it has replayed a
-        checkpoint of the server."""
-        with connect(self.subject.dsn, application_name="knockwood repair") as connection, translated():
-            connection.execute("checkpoint")
-        clone.advance(self._newest(backup, target))
-
-    def close(self) -> None:
-        while self._clones:
-            self._clones.popitem()[1].destroy()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _keeper(journal: StepJournal) -> Callable[[str, bytes], None]:
@@ -426,10 +238,12 @@ class _Rows(_OnItsOwn):
             ]
         stops.sort(key=lambda stop: stop[:2])
         before: dict[int, dict[Key, Row]] = {}
-        with self.context.clone_at(words["backup"], target, lambda plan: _before(plan, stops[0][0])) as clone:
+        with self.context.clone_at(
+            words["backup"], target, lambda plan: just_before(plan, stops[0][0])
+        ) as clone:
             for lsn, later, damage in stops:
                 if lsn != clone.plan.target_lsn:
-                    clone.advance(_before(clone.plan, lsn))
+                    clone.advance(just_before(clone.plan, lsn))
                 block, dsn = int(damage["block"]), clone.dsn(target.database)
                 if later:
                     rows.require_ended(clone.dsn("template1"), target, damage["xids"])
@@ -447,11 +261,6 @@ class _Rows(_OnItsOwn):
             f"transaction {xid} may have been committed, and others may have built on it",
             hint=f"knockwood recover --resume, then knockwood revert {xid}",
         )
-
-
-def _before(plan: RestorePlan, lsn: Lsn) -> RestorePlan:
-    """The same way, up to but not including the record that starts at `lsn`."""
-    return replace(plan, target_lsn=lsn, inclusive=False)
 
 
 @dataclass(frozen=True, slots=True)

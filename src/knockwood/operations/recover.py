@@ -39,12 +39,16 @@ OnStep = Callable[[StepProgress], None]
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A plan, and what it was made from. `unfinished` are executions that have to be ended first."""
+    """A plan, and what it was made from. `unfinished` are executions that have to be ended first.
+
+    `repository` remembers the WAL that was read: what executes the plan need not read it again.
+    """
 
     plan: Plan
     findings: tuple[Finding, ...]
     not_checked: tuple[NotChecked, ...]
     unfinished: tuple[Unfinished, ...] = ()
+    repository: Repository | None = field(default=None, repr=False, compare=False)
 
     @property
     def verdict(self) -> Verdict:
@@ -111,7 +115,8 @@ def propose(
     plan = decide(found, known, offers)
     if others:
         plan = replace(plan, alternatives=(*plan.alternatives, *others))
-    return Proposal(plan, found, gaps, tuple(execution.unfinished(cluster.state, cluster.name)))
+    open_ones = tuple(execution.unfinished(cluster.state, cluster.name))
+    return Proposal(plan, found, gaps, open_ones, repository)
 
 
 def execute(
@@ -120,14 +125,16 @@ def execute(
     *,
     approve: str,
     here: bool = False,
+    repository: Repository | None = None,
     on_step: OnStep | None = None,
     on_check: OnCheck | None = None,
 ) -> Executed:
     """Execute an approved plan; verify with the checks that found the damage, and keep the outcome.
 
-    Raises RefusedError when the plan is another than the approved one or has no steps.
+    `repository` is the proposal's, where it was just made. Raises RefusedError when the plan is another than the
+    approved one or has no steps.
     """
-    with _Run(cluster, plan, here, on_check) as run:
+    with _Run(cluster, plan, here, on_check, repository) as run:
         recovery = execution.execute(
             plan,
             run.handlers,
@@ -171,13 +178,20 @@ def resume(
 class _Run:
     """What the handlers, the verification and the record of one execution share."""
 
-    def __init__(self, cluster: Cluster, plan: Plan, here: bool, progress: OnCheck | None) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        plan: Plan,
+        here: bool,
+        progress: OnCheck | None,
+        repository: Repository | None = None,
+    ) -> None:
         self.cluster = cluster
         self.plan = plan
         self.record: str | None = None
         self._here = here
         self._progress = progress
-        self._opened: Any = None
+        self._opened = repository
         self._closing: list[Callable[[], None]] = []
         self._subject: Subject | None = None
 
@@ -192,8 +206,7 @@ class _Run:
     def repository(self) -> Repository:
         if self._opened is None:
             self._opened = self.cluster.repository()
-        repository: Repository = self._opened
-        return repository
+        return self._opened
 
     def subject(self) -> Subject:
         """The running server, asked once: its facts do not change while it is mended."""

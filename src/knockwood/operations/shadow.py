@@ -37,6 +37,11 @@ _NOT_IN_WAL: Final = frozenset({"page_checksums"})
 
 _POLL: Final = 0.2
 
+_START_BYTES: Final = 4 << 30
+"""Reading so much WAL for some blocks takes as long as it takes the shadow to start: docs/repair-speed.md."""
+_REPLAY: Final = 4
+"""How many times as long a byte of WAL takes the shadow, which replays it for all tables."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShadowStatus:
@@ -233,6 +238,18 @@ def warm_clone(
         if not lent:
             with suppress(KnockwoodError):
                 shadow.close()
+
+
+def beats_some_blocks(cluster: Cluster, plan: RestorePlan) -> bool:
+    """Whether the shadow would give a clone sooner than one of some blocks of a table is made.
+
+    That one has to read the plan's WAL; the shadow has to start, and to replay all that it lacks.
+    """
+    record = read_record(shadow_folder(cluster)) if cluster.settings.shadow.enabled else None
+    if record is None or record.stand is None or plan.target_lsn is None:
+        return False
+    lacks = max(0, plan.target_lsn - record.stand.reached)
+    return sum(piece.segment.bytes for piece in plan.wal) > _START_BYTES + _REPLAY * lacks
 
 
 def _registry(cluster: Cluster) -> Registry:

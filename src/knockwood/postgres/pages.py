@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,10 @@ class PageHeader:
         return None
 
 
+_MOST: Final = np.uint64(0xFFFF_FFFF)
+_MULTIPLES: Final = np.arange(0, 1 << 32, 65535, dtype=np.uint64)
+
+
 def decode_header(page: Chunk) -> PageHeader:
     """The header of the page at the start of `page`."""
     row = np.frombuffer(page, _HEADER, 1)[0]
@@ -135,10 +140,14 @@ def fitting_blocks(page: Chunk, count: int) -> list[int]:
     A page that was written to the wrong place still carries the checksum of the right one. By chance one
     number in 65536 fits any page.
     """
-    pages = _pages(page)
-    folded = np.bitwise_xor.reduce(_sums(pages[:1]), axis=1)
-    fitting = (folded ^ np.arange(count, dtype=np.uint32)) % np.uint32(65535) + np.uint32(1)
-    return [int(block) for block in np.flatnonzero(fitting == decode_header(page).checksum)]
+    stored = decode_header(page).checksum
+    if not stored:
+        return []  # no checksum is ever 0
+    folded = int(np.bitwise_xor.reduce(_sums(_pages(page)[:1]), axis=1)[0])
+    # What gives this checksum is known, so that a table's length costs nothing: see `checksums_of`.
+    mixed = _MULTIPLES + np.uint64(stored - 1)
+    blocks = mixed[mixed <= _MOST] ^ np.uint64(folded)
+    return sorted(map(int, blocks[blocks < count]))
 
 
 def sealed(page: Chunk, block: int) -> bytes:

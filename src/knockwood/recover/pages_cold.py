@@ -17,6 +17,7 @@ from knockwood.postgres.walrefs import RelationEvent, relation_events
 from knockwood.recover import pages_facts as facts
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, doubt
+from knockwood.recover.plan.pages import WalFacts
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.backups.partial import read_blocks
 from knockwood.repository.repository import Repository
@@ -31,8 +32,9 @@ def cold_images(
     target: Target,
     blocks: Collection[int],
     beyond: Mapping[int, Lsn],
-) -> Good | None:
-    """Images of those of the blocks that the WAL since a backup does not name; None if there are none.
+) -> tuple[Good | None, Mapping[int, WalFacts]]:
+    """Images of those of the blocks that the WAL since a backup does not name (None if there are none), and what
+    the WAL says of all of them.
 
     `chain` ends with the backup, and begins with the full one that it builds on. Nothing is taken from the backup
     where the WAL since has made, dropped or truncated the relation, or cannot be read: that is left to a clone,
@@ -40,7 +42,7 @@ def cold_images(
     """
     backup = chain[-1]
     if backup.timeline != subject.facts.timeline:
-        return None
+        return None, {}
     until = facts.flush_wal(subject, target.database)
     came_or_went: list[RelationEvent] = []
 
@@ -54,19 +56,19 @@ def cold_images(
     wal = facts.wal_facts(subject, target, blocks, backup.start_lsn, until, beyond, note)
     cold = [block for block in sorted(blocks) if wal[block].known and wal[block].last is None]
     if not cold or came_or_went:
-        return None
+        return None, wal
     try:
         found = read_blocks(repository, backup, target.path, cold, chain[:-1])
     except KnockwoodError:
-        return None  # what is wrong with the backup a clone of it finds, and says
+        return None, wal  # what is wrong with the backup a clone of it finds, and says
     images = {
         block: image
         for block, image in found.items()
         if any(image) and doubt(image, block, wal[block]) is None
     }
     if not images:
-        return None
-    return Good(until, backup.start_lsn, images, {block: wal[block] for block in images}, _NONE)
+        return None, wal
+    return Good(until, backup.start_lsn, images, {block: wal[block] for block in images}, _NONE), wal
 
 
 def _main(path: str) -> str:

@@ -60,6 +60,7 @@ def good_images(
     blocks: Collection[int],
     *,
     beyond: Mapping[int, Lsn] = NOTHING_KNOWN,
+    known: Mapping[int, WalFacts] | None = None,
     may_promote: bool = True,
 ) -> Good:
     """The newest images of the blocks as of where the clone stands.
@@ -68,10 +69,10 @@ def good_images(
     as the server or the archive has it, and after the record in `beyond`, if one is known to have changed the
     block. Pages that are still in the clone's buffers only need a checkpoint
     there; one that has replayed none since its last must be promoted for it, and can replay no further then.
-    What is not proven is in `doubts`.
+    What is not proven is in `doubts`. What is `known` of the WAL since the clone's backup is not read again.
     """
     since = clone.plan.chain[-1].start_lsn
-    wal = wal_facts(subject, target, blocks, since, clone.reached_lsn, beyond)
+    wal = _facts(subject, target, blocks, since, clone.reached_lsn, beyond, known or {})
     images, doubts = _read(clone, target, blocks, wal)
     if doubts:
         _checkpoint(clone)
@@ -82,6 +83,24 @@ def good_images(
         images, doubts = _read(clone, target, blocks, wal)
     empty = frozenset(block for block, image in images.items() if not any(image))
     return Good(clone.reached_lsn, since, images, wal, empty, doubts)
+
+
+def _facts(
+    subject: Subject,
+    target: Target,
+    blocks: Collection[int],
+    since: Lsn,
+    until: Lsn,
+    beyond: Mapping[int, Lsn],
+    known: Mapping[int, WalFacts],
+) -> Mapping[int, WalFacts]:
+    """What the WAL in [since, until) says, going on from what is known of all the blocks."""
+    some = [known[block] for block in blocks if block in known]
+    usable = all(each.known and each.since == since and each.until <= until for each in some)
+    if len(some) < len(set(blocks)) or not some or not usable:
+        return wal_facts(subject, target, blocks, since, until, beyond)
+    later = wal_facts(subject, target, blocks, min(each.until for each in some), until, beyond)
+    return {block: known[block].gone_on(later[block], until) for block in blocks}
 
 
 def require_proven(target: Target, doubts: Mapping[int, str]) -> None:

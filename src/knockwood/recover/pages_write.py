@@ -8,7 +8,7 @@ and no buffer holds it: so no buffer can ever write the old content over the new
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from knockwood.errors import HostError, RefusedError
@@ -146,15 +146,8 @@ def _up_to_what_is_seen(
         return wal
     until = facts.flush_wal(subject, target.database)
     later = facts.wal_facts(subject, target, late, min(wal[block].until for block in late), until)
-    return {**wal, **{block: _gone_on(wal[block], later[block], seen) for block, seen in late.items()}}
-
-
-def _gone_on(known: WalFacts, later: WalFacts, seen: Lsn) -> WalFacts:
-    """With the records up to the change that was seen; what came after it the page need not have."""
-    if not later.known:
-        return replace(known, known=False, reason=later.reason)
-    more = (record for record in later.records if known.until <= record.lsn < seen)
-    return replace(known, records=(*known.records, *more), until=seen)
+    # What came after the change that was seen the page need not have.
+    return {**wal, **{block: wal[block].gone_on(later[block], seen) for block, seen in late.items()}}
 
 
 def _needs_wal(open_session: Session, target: Target, blocks: Collection[int]) -> bool:
@@ -342,14 +335,7 @@ class _Work:
         until = facts.flush_wal(subject, target.database)
         later = facts.wal_facts(subject, target, self.blocks, self.good.reached, until)
         _require_current(later, target, reads=self.before is not None)
-        known = {
-            block: replace(
-                self.good.wal[block],
-                records=(*self.good.wal[block].records, *later[block].records),
-                until=until,
-            )
-            for block in self.blocks
-        }
+        known = {block: self.good.wal[block].gone_on(later[block], until) for block in self.blocks}
         return look(self.session, target, self.blocks, since, known)
 
     def _images(self, blocks: list[int], seen: Looked) -> dict[int, bytes]:

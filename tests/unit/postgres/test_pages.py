@@ -63,6 +63,21 @@ def test_a_whole_page_is_good_and_elsewhere_it_is_not(body: bytes, block: int) -
     assert bad_pages(page, block + 1, False) == []
 
 
+@given(BODIES, st.integers(0, 200_000), st.integers(0, 200_000))
+def test_where_a_page_fits_is_told(body: bytes, block: int, count: int) -> None:
+    """Wherever it would pass for whole, and nowhere else."""
+    page = a_page(body, block)
+    fitting = pages.fitting_blocks(page, count)
+    assert (block in fitting) == (block < count)
+    stored = decode_header(page).checksum
+    right = pages.checksums_at(page, range(count))
+    assert fitting == [number for number, checksum in enumerate(right) if checksum == stored]
+
+
+def test_a_page_without_a_checksum_fits_nowhere() -> None:
+    assert pages.fitting_blocks(bytes(PAGE_BYTES), 1 << 20) == []
+
+
 @given(BODIES, st.integers(0, PAGE_BYTES * 8 - 1))
 def test_any_flipped_bit_is_found(body: bytes, bit: int) -> None:
     page = bytearray(a_page(body, 7))

@@ -85,7 +85,12 @@ def recover(
         return Answer(_proposal_values(proposal), lambda c: _show_proposal(c, proposal), proposal.verdict)
     with _progress(common.json) as told:
         done = operation.execute(
-            cluster, proposal.plan, approve=approve or proposal.plan.id, here=here, on_step=told
+            cluster,
+            proposal.plan,
+            approve=approve or proposal.plan.id,
+            here=here,
+            repository=proposal.repository,
+            on_step=told,
         )
     return _executed(done)
 

@@ -7,7 +7,7 @@ was. The damage is what they disagree on; the procedure follows from who is righ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -130,6 +130,13 @@ class WalFacts:
     until: Lsn = field(default_factory=lambda: Lsn(0))
     reason: str = ""
     beyond: Lsn | None = None
+
+    def gone_on(self, later: WalFacts, until: Lsn) -> WalFacts:
+        """With what WAL read from `self.until` or before says, up to `until`."""
+        if not later.known:
+            return replace(self, known=False, reason=later.reason)
+        more = (record for record in later.records if self.until <= record.lsn < until)
+        return replace(self, records=(*self.records, *more), until=until)
 
     @property
     def last(self) -> BlockRecord | None:

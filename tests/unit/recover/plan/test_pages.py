@@ -163,6 +163,17 @@ def chain(*pieces: tuple[int, str, int | None]) -> list[BlockRecord]:
     ]
 
 
+def test_wal_read_on_from_where_it_was_read_to_says_the_same_as_all_of_it() -> None:
+    every = chain((100, "Heap INSERT", None), (200, "Heap UPDATE", None), (300, "Heap UPDATE", None))
+    known = WalFacts(True, tuple(every[:2]), Lsn(50), Lsn(250), beyond=Lsn(100))
+    # Read again from before the first part's end, and past where the question ends.
+    later = WalFacts(True, tuple(every[1:]), Lsn(150), Lsn(400))
+    assert known.gone_on(later, Lsn(350)) == WalFacts(True, tuple(every), Lsn(50), Lsn(350), beyond=Lsn(100))
+    assert known.gone_on(later, Lsn(300)).records == tuple(every[:2])
+    unknown = known.gone_on(WalFacts(False, reason="a segment is missing"), Lsn(350))
+    assert (unknown.known, unknown.reason) == (False, "a segment is missing")
+
+
 def test_an_image_without_the_change_before_it_is_poison() -> None:
     sound = chain((100, "Heap INSERT", None), (200, "Heap UPDATE", 150), (300, "Heap UPDATE", 250))
     assert find_poison(sound) is None

@@ -1,0 +1,225 @@
+"""Where a page repair's good images come from: backups, and clones made of them as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+
+from knockwood.clone.partial import RelationKey, spawn_for
+from knockwood.clone.registry import Registry
+from knockwood.clone.spawn import Clone, spawn
+from knockwood.errors import KnockwoodError, RefusedError
+from knockwood.history.standing import just_before
+from knockwood.integrity.check import Budget, Subject
+from knockwood.integrity.relation_files import require_own_folder
+from knockwood.model import Lsn
+from knockwood.operations.cluster import Cluster
+from knockwood.operations.freshness import bring_up_to_date
+from knockwood.operations.shadow import beats_some_blocks, warm_clone
+from knockwood.postgres.connection import connect, translated
+from knockwood.recover import pages_facts as facts
+from knockwood.recover.pages_cold import cold_images
+from knockwood.recover.pages_facts import Target
+from knockwood.recover.pages_images import Good, good_images
+from knockwood.recover.pages_write import Images
+from knockwood.recover.plan.pages import WalFacts
+from knockwood.repository.backups.listing import list_backups
+from knockwood.repository.backups.model import Progress, chain
+from knockwood.repository.plans import RestorePlan
+from knockwood.repository.repository import Repository
+from knockwood.repository.targets import Latest, resolve
+
+__all__ = ["GoodImages"]
+
+
+@dataclass(slots=True)
+class GoodImages:
+    """What the steps of one plan share: the server as subject, and a clone per table, made when first asked.
+
+    As a context manager it destroys the clones at the end.
+    """
+
+    cluster: Cluster
+    repository: Repository
+    progress: Callable[[Progress], None] | None = None
+    _clones: dict[tuple[str, int], Clone] = field(default_factory=dict)
+    _subject: Subject | None = None
+
+    @property
+    def subject(self) -> Subject:
+        if self._subject is None:
+            subject = self.cluster.subject(Budget(), repository=self.repository)
+            if subject.data_directory is None:
+                raise RefusedError(
+                    "page repair writes the server's files",
+                    hint="set data_directory, and run it on that host",
+                )
+            require_own_folder(subject, subject.data_directory)
+            self._subject = subject
+        return self._subject
+
+    def images(self, backups: Sequence[str]) -> Images:
+        """Asks a clone of the first backup, made or made anew as needed, for images; of those that are not
+        proven there (it may have been taken after the damage) the next."""
+
+        def ask(
+            target: Target,
+            blocks: Collection[int],
+            before: Lsn | None = None,
+            beyond: Mapping[int, Lsn] = facts.NOTHING_KNOWN,
+        ) -> Sequence[Good]:
+            found: list[Good] = []
+            doubts: dict[int, str] = {}
+            left = set(blocks)
+            for backup in backups:
+                try:
+                    known: Mapping[int, WalFacts] = {}
+                    if before is None:
+                        cold, known = self._cold(backup, target, left, beyond)
+                        if cold is not None:
+                            found.append(cold)
+                            left -= cold.images.keys()
+                            if not left:
+                                break
+                    if before is not None:
+                        good = self._from_before(before, backup, target, left, beyond)
+                    else:
+                        good = self._newest_images(backup, target, left, beyond, known)
+                except KnockwoodError as error:
+                    if not found:
+                        raise
+                    # What is proven is mended all the same.
+                    doubts = {block: doubts.get(block, str(error)) for block in left}
+                    break
+                found.append(good)
+                left -= good.images.keys()
+                doubts = {block: doubts.get(block, good.doubts[block]) for block in left}
+                if not left:
+                    break
+            found[-1] = replace(found[-1], doubts={block: doubts[block] for block in left})
+            return found
+
+        return ask
+
+    def _cold(
+        self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
+    ) -> tuple[Good | None, Mapping[int, WalFacts]]:
+        """What needs no clone, because the backup has it as it is to be; and what the WAL since says."""
+        known = list_backups(self.repository)
+        if all(each.id != backup for each in known):
+            return None, {}
+        return cold_images(self.subject, self.repository, chain(known, backup), target, blocks, beyond)
+
+    def _newest_images(
+        self,
+        backup: str,
+        target: Target,
+        blocks: Collection[int],
+        beyond: Mapping[int, Lsn],
+        known: Mapping[int, WalFacts],
+    ) -> Good:
+        key = (backup, target.oid)
+        clone = self._clones.get(key)
+        held = clone.held(target.node) if clone is not None else None
+        if held is not None and not held.issuperset(blocks):
+            self.forget(backup, target)
+            clone = None
+        if clone is None:
+            clone = self._clones[key] = self.clone_at(backup, target, blocks=frozenset(blocks))
+        whole = type(clone) is Clone  # others are shared or not complete: never opened for writes
+        try:
+            good = good_images(
+                self.subject, clone, target, blocks, beyond=beyond, known=known, may_promote=whole
+            )
+            if not good.doubts or whole:
+                return good
+            self._move_on(clone, backup, target)
+            return good_images(
+                self.subject, clone, target, blocks, beyond=beyond, known=good.wal, may_promote=False
+            )
+        except KnockwoodError:
+            self.forget(backup, target)
+            raise
+
+    def _from_before(
+        self, lsn: Lsn, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
+    ) -> Good:
+        """Images from before a record, of a whole clone: it has to be promoted to write them all down."""
+        plan = just_before(self._newest(backup, target), lsn)
+        with spawn(
+            self.repository,
+            plan,
+            programs=self.cluster.programs(plan.backup.major),
+            purpose="page repair",
+            progress=self.progress,
+            registry=Registry(self.cluster.settings.proof.clones or self.cluster.state),
+        ) as clone:
+            return good_images(self.subject, clone, target, blocks, beyond=beyond)
+
+    def forget(self, backup: str, target: Target) -> None:
+        """Destroy the clone of a backup that holds the target: the next one stands at a later point."""
+        clone = self._clones.pop((backup, target.oid), None)
+        if clone is not None:
+            clone.destroy()
+
+    def clone_at(
+        self,
+        backup: str,
+        target: Target,
+        at: Callable[[RestorePlan], RestorePlan] = lambda plan: plan,
+        *,
+        blocks: frozenset[int] | None = None,
+    ) -> Clone:
+        """A clone with the target's table, at the point that `at` makes of the plan to the newest commit.
+
+        From the shadow where that can give one (with `blocks`: sooner), else of the table alone (with `blocks`, of
+        these of the target), else of the whole backup.
+        """
+        plan = at(self._newest(backup, target))
+        registry = Registry(self.cluster.settings.proof.clones or self.cluster.state)
+        if blocks is None or beats_some_blocks(self.cluster, plan):
+            warm = warm_clone(self.cluster, self.repository, plan, registry=registry, wait=2)
+            if warm is not None:
+                return warm
+        return spawn_for(
+            self.repository,
+            plan,
+            [
+                RelationKey(
+                    target.database, oid=target.owner_oid if blocks is None else target.oid, blocks=blocks
+                )
+            ],
+            programs=self.cluster.programs(plan.backup.major),
+            purpose="page repair",
+            progress=self.progress,
+            registry=registry,
+        )
+
+    def _newest(self, backup: str, target: Target) -> RestorePlan:
+        # A commit now makes everything before it part of the newest state of the archive.
+        facts.flush_wal(self.subject, target.database)
+        fresh = bring_up_to_date(self.cluster, self.repository)
+        if not fresh.complete:
+            raise RefusedError(fresh.detail, hint="keep `knockwood wal receive` running, and try again")
+        return resolve(self.repository, Latest(), backup=backup, programs_for=self.cluster.programs)
+
+    def _move_on(self, clone: Clone, backup: str, target: Target) -> None:
+        """Have a clone that cannot be promoted write what is in its buffers: it may once it has replayed a
+        checkpoint of the server."""
+        with connect(self.subject.dsn, application_name="knockwood repair") as connection, translated():
+            connection.execute("checkpoint")
+        clone.advance(self._newest(backup, target))
+
+    def close(self) -> None:
+        while self._clones:
+            self._clones.popitem()[1].destroy()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
