@@ -95,6 +95,22 @@ def test_culprits_of_many_kinds_in_one_go(line: CommandLine) -> None:
     line.assert_nothing_left()
 
 
+def test_a_table_locked_before_another_culprits_commit(line: CommandLine) -> None:
+    """Nobody can read it on a clone between that lock and its own commit: it is read from before the lock."""
+    before = fingerprint(line.server.dsn("postgres"))
+    with connect(line.server.dsn("postgres")) as connection:
+        connection.execute("begin")
+        connection.execute("lock table entry in access exclusive mode")
+        connection.execute("update entry set amount = 0 where id <= 3")
+        [(locking,)] = connection.execute("select pg_current_xact_id()::text::bigint").fetchall()
+        other = transaction(line, "update account set balance = 5 where id = 2")
+        connection.execute("commit")
+    done = line("revert", other, locking, "--apply")
+    assert done["verdict"] == "held"
+    assert done["reverted"] == [locking, other]
+    assert fingerprint(line.server.dsn("postgres")) == before
+
+
 @pytest.mark.slow
 def test_dependents_ddl_and_what_is_not_known(line: CommandLine) -> None:
     dsn = line.server.dsn("postgres")

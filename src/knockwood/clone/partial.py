@@ -107,7 +107,8 @@ class PartialClone(Clone):
         start = plan.backup.start_lsn
         if self.wal_filter.reached is not None:
             start = min([self.wal_filter.reached, *renewed])
-        self.wal_filter.apply([piece.segment for piece in plan.wal], start, plan.target_lsn)
+        if renewed or not self.wal_filter.has_seen(plan.target_lsn):
+            self.wal_filter.apply([piece.segment for piece in plan.wal], start, plan.target_lsn)
         pieces = self.wal_filter.pieces.values()
         if self.server.running and any(piece.outgrows(self.data_directory) for piece in pieces):
             # A server in recovery remembers how long a file is.

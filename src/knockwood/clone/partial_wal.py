@@ -133,6 +133,10 @@ class WalFilter:
                 where=str(self.folder),
             )
 
+    def has_seen(self, target: Lsn | None) -> bool:
+        """Whether every record up to the one at a target was looked at."""
+        return target is not None and self.reached is not None and target <= self.reached
+
     def whole(self, relation: Locator) -> bool:
         """Whether a relation that the clone has on disk is all there."""
         return relation in self.present or relation in self.created

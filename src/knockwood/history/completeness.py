@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 from knockwood.errors import RefusedError
 from knockwood.history.staging import StagedArchive
@@ -18,17 +18,28 @@ _ROUND = 1 << 32
 
 
 def require_whole(
-    repository: Repository, programs: Programs, transactions: Sequence[Transaction], since: Lsn
+    repository: Repository,
+    programs: Programs,
+    transactions: Sequence[Transaction],
+    since: Lsn,
+    following: MutableMapping[Lsn, int] | None = None,
 ) -> None:
     """Raise RefusedError unless each transaction got its xid where the archive has WAL without a gap.
 
     `since` is a position from which there is none (a backup's start). What is running is logged at every
     checkpoint, and a backup begins with one: a number given out after that belongs to a transaction that
-    had written nothing before. Older ones are looked for from the archive's beginning on.
+    had written nothing before. Older ones are looked for from the archive's beginning on. `following` keeps the
+    next number as of `since` for further questions.
     """
+    known = following.get(since) if following is not None else None
+    if known is not None and not _not_after(transactions, known):
+        return
     last = max(transactions, key=lambda each: each.commit_lsn)
     archive = StagedArchive(repository, last.timeline, last.commit_lsn)
-    doubtful = _not_after(transactions, _next_xid(programs, archive, since, last.commit_lsn))
+    found = _next_xid(programs, archive, since, last.commit_lsn)
+    if following is not None and found is not None:
+        following[since] = found
+    doubtful = _not_after(transactions, found)
     if doubtful:
         begin = archive.unbroken_from(since)
         if begin < since:

@@ -27,6 +27,7 @@ from knockwood.history.standing import (
     Spawner,
     Standing,
     commit_plan,
+    just_after,
     just_before,
 )
 from knockwood.history.touched import Decoded, ExclusiveLock, Touched, commits_between
@@ -133,6 +134,7 @@ def row_changes(
     programs_for: ProgramsFor = find_programs,
     spawner: Spawner | None = None,
     position: Position | None = None,
+    onward: RestorePlan | None = None,
     registry: Registry | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> RowChanges:
@@ -140,19 +142,25 @@ def row_changes(
 
     `table` (schema or None, name) leaves out all other tables. `decoded` keeps what was read of the WAL, and its
     limit of rows. `spawner` makes the clones (by default whole,
-    throw-away ones); `position` is one to go on with, where it stands before all this, and is not closed.
+    throw-away ones); `position` is one to go on with, where it stands before all this, and is not closed;
+    `onward` is a plan on whose way the commits lie, from a backup that is consistent before the first.
     Raises RefusedError above that limit, where no backup is from before, or where a transaction may have
     begun before the archive; and what `resolve`, `spawn` and `touched` raise. A clone that is not what the
     WAL says is an InternalError.
     """
     ordered = sorted(transactions, key=lambda transaction: transaction.commit_lsn)
     first, last = ordered[0], ordered[-1]
-    plan = commit_plan(
-        repository, last.timeline, last.commit_lsn, since=first.commit_lsn, programs_for=programs_for
+    plan = (
+        just_after(onward, last)
+        if onward is not None
+        else commit_plan(
+            repository, last.timeline, last.commit_lsn, since=first.commit_lsn, programs_for=programs_for
+        )
     )
     programs = programs_for(plan.backup.major)
-    require_whole(repository, programs, ordered, plan.chain[-1].start_lsn)
-    found = (decoded or Decoded(repository)).of(programs, ordered)
+    known = decoded or Decoded(repository)
+    require_whole(repository, programs, ordered, plan.chain[-1].start_lsn, known.following)
+    found = known.of(programs, ordered)
     groups = _lock_groups(repository, programs, found, first)
     if groups and groups[0][0].lsn < plan.backup.stop_lsn:
         plan = commit_plan(

@@ -9,6 +9,8 @@ from typing import Protocol, Self
 
 from knockwood.errors import RefusedError
 from knockwood.history.staging import timeline_holding
+from knockwood.history.transaction import Transaction
+from knockwood.model.proof import Commit
 from knockwood.model.wal import Lsn, Timeline
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.repository.archive import WalArchive
@@ -59,6 +61,12 @@ def commit_plan(
             hint="did it happen before the oldest backup was complete? `knockwood backups` lists them",
         )
     return plan
+
+
+def just_after(plan: RestorePlan, transaction: Transaction) -> RestorePlan:
+    """The plan to just after a commit on the way of another, not before its backup is consistent."""
+    commit = Commit(transaction.xid, transaction.commit_lsn, transaction.commit_time)
+    return replace(plan, target_lsn=commit.lsn, inclusive=True, last_commit=commit)
 
 
 def just_before(plan: RestorePlan, lsn: Lsn) -> RestorePlan:

@@ -101,10 +101,14 @@ class Touched:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What groups of transactions touched, each group decoded once. `limit` as for `touched`."""
+    """What groups of transactions touched, each group decoded once. `limit` as for `touched`.
+
+    `following` is the next transaction's number as of positions that were asked for.
+    """
 
     repository: Repository
     limit: int = ROW_LIMIT
+    following: dict[Lsn, int] = field(default_factory=dict)
     _found: dict[tuple[Lsn, ...], Touched] = field(default_factory=dict)
 
     def of(self, programs: Programs, transactions: Sequence[Transaction]) -> Touched:
@@ -147,7 +151,8 @@ def touched(
         if progress is not None:
             progress(stretch.end - start, end - start)
     for transaction in transactions:
-        decoder.result.dropped |= _dropped_by(programs, archive, transaction)
+        if _may_drop(transaction):
+            decoder.result.dropped |= _dropped_by(programs, archive, transaction)
     decoder.result.locks = _first_of_each(decoder.result.locks)
     return decoder.result
 
@@ -182,6 +187,13 @@ def read_stretch(
     complaint = reader.stream(options, stretch.start, stretch.until, take)
     if complaint is not None and "could not find a valid record" not in complaint:
         raise ProgramFailedError(f"WAL cannot be read: {complaint}", where="pg_waldump")
+
+
+def _may_drop(transaction: Transaction) -> bool:
+    """Whether a file may be gone with its commit, by what the index says; without relations it says nothing."""
+    relations = transaction.relations
+    gone = any(each.dropped or each.truncated or each.rewritten for each in relations)
+    return gone or transaction.catalog_changes or not relations
 
 
 def _dropped_by(programs: Programs, archive: StagedArchive, transaction: Transaction) -> set[FileId]:

@@ -9,7 +9,7 @@ from knockwood.clone.registry import Registry
 from knockwood.history.images import RowChanges, row_changes
 from knockwood.history.shapes import TableShape
 from knockwood.history.spawners import clones_for
-from knockwood.history.standing import Position, Standing
+from knockwood.history.standing import Position, ProgramsFor, Standing, commit_plan
 from knockwood.history.touched import Decoded
 from knockwood.history.transaction import TableId, Transaction
 from knockwood.model import Lsn
@@ -105,10 +105,11 @@ def changes_of(
     def make(plan: RestorePlan) -> Standing:
         return clone_to_read(cluster, repository, plan, registry=registry) or cold(plan)
 
+    onward = _to_the_last(repository, ordered, cluster.programs)
+    reached = Lsn(0)
     with Position(make) as position:
         for one in ordered:
-            # A table that was locked against everybody is read before the lock, which may lie behind the clone.
-            alone = one.catalog_changes or any(each.truncated or each.rewritten for each in one.relations)
+            alone = onward is None or _looks_back(cluster, decoded, onward, one, reached)
             read = row_changes(
                 repository,
                 [one],
@@ -116,7 +117,34 @@ def changes_of(
                 programs_for=cluster.programs,
                 registry=registry,
                 spawner=make,
-                position=None if alone or len(ordered) == 1 else position,
+                position=None if alone else position,
+                onward=None if alone else onward,
             )
             with read as changes:
                 gathered.take(one, changes)
+            reached = reached if alone else one.commit_lsn
+
+
+def _looks_back(
+    cluster: Cluster, decoded: Decoded, plan: RestorePlan, one: Transaction, reached: Lsn
+) -> bool:
+    """Whether it has to be read from before `reached`: a table that it locked against everybody, before the lock."""
+    if one.catalog_changes or any(each.truncated or each.rewritten for each in one.relations):
+        return True
+    locks = decoded.of(cluster.programs(plan.backup.major), [one]).locks
+    return any(lock.lsn < reached for lock in locks)
+
+
+def _to_the_last(
+    repository: Repository, ordered: Sequence[Transaction], programs_for: ProgramsFor
+) -> RestorePlan | None:
+    """The plan to the last of several commits, on whose way all the others lie; None where each needs its own.
+
+    Finding out the way to a commit reads WAL: once is enough.
+    """
+    first, last = ordered[0], ordered[-1]
+    if len(ordered) == 1 or any(one.timeline != last.timeline for one in ordered):
+        return None
+    return commit_plan(
+        repository, last.timeline, last.commit_lsn, since=first.commit_lsn, programs_for=programs_for
+    )
