@@ -65,9 +65,8 @@ class Site:
         where = ("-h", str(server.socket_directory), "-p", str(server.port), "-U", "postgres")
         return must(ask([server.programs.path("pgbench"), *where, *words, "postgres"], timeout=timeout))
 
-    def tps(self, seconds: int) -> float:
+    def tps(self, seconds: int, clients: int) -> float:
         """Transactions a second of pgbench's own mix."""
-        clients = self.options.clients
         said = self.pgbench("-n", "-c", str(clients), "-j", "2", "-T", str(seconds))
         found = re.search(r"^tps = ([0-9.]+)", said.out, flags=re.MULTILINE)
         if found is None:

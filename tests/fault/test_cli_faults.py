@@ -8,10 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import time_machine
 
 from fix_cli import CommandLine, command_line
 
@@ -124,6 +126,25 @@ def test_a_server_restarted_in_the_middle(line: CommandLine) -> None:
         assert line("backups")["backups"] == []
     line("backup")
     assert line("verify")["verdict"] == "held"
+
+
+def test_a_clock_that_jumps(line: CommandLine) -> None:
+    """What is newest is told by the WAL, not by the clock; nothing waits for years, or is taken for dead."""
+    _begin(line)
+    line.in_process = True
+    first = line("backup")["backups"][-1]["id"]
+    now = datetime.now(UTC)
+    ids = [first]
+    for number, jump in enumerate((timedelta(days=-3), timedelta(days=4000), timedelta(days=-1)), start=1):
+        line.execute(f"insert into t values (-{number})")
+        with time_machine.travel(now + jump):
+            ids.append(line("backup")["backups"][-1]["id"])
+            assert [each["id"] for each in line("backups")["backups"]] == ids
+            assert line("verify")["verdict"] == "held"
+            restored = line("restore", "--into", line.folder / f"restored-{number}")
+            print(restored.keys(), restored)
+            print(line.run("check", "wal_archive", "backup_age", "proof_age"))
+    line.assert_nothing_left()
 
 
 def test_an_object_store_that_fails(line: CommandLine, s3_server: S3Server, s3_proxy: Proxy) -> None:

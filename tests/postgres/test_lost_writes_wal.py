@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fix_archive import archive_wal, new_archive
-from fix_checks import SHOP, check, found, path_of, silent, sql
+from fix_checks import SHOP, check, found, path_of, silent, sql, subject_of
 from fix_server import VERSIONS
 from knockwood.drill import faults
+from knockwood.errors import ProgramFailedError
+from knockwood.integrity.staged_wal import StagedWal, WalRecycledError, with_wal
+from knockwood.model import Lsn
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -108,3 +111,37 @@ def test_what_one_run_does_not_read_is_said_and_read_by_the_next(
     assert {f.location.block for f in report.findings} == {3}
     assert told
     assert all("was not compared with the disk: one run reads 3 MB" in reason for reason in told)
+
+
+def test_what_the_server_recycles_meanwhile_is_read_from_the_archive(
+    new_server: ServerFactory, tmp_path: Path
+) -> None:
+    server = shop(new_server)
+    made = new_archive(server, tmp_path / "archive")
+    start = Lsn.parse(sql(server, "select pg_current_wal_insert_lsn()::text"))
+    for _ in range(3):
+        sql(server, "update other set body = 'y'; select pg_switch_wal()")
+    archive_wal(made)
+    end = Lsn.parse(sql(server, "checkpoint; select redo_lsn::text from pg_control_checkpoint()"))
+    readings: list[list[bool]] = []
+
+    def read(wal: StagedWal | None) -> bytes:
+        assert wal is not None
+        paths = sorted(wal.folder.iterdir())
+        readings.append([path.is_symlink() for path in paths])
+        # As if a checkpoint had come to its end just now.
+        if len(readings) == 1:
+            paths[0].resolve().unlink()
+            raise ProgramFailedError("a file is not there")
+        return paths[0].read_bytes()
+
+    subject = subject_of(server, repository=made.repository)
+    content = with_wal(subject, end, 1 << 30, read, since=start)
+    assert len(content) == 1 << 20
+    first, second = readings
+    assert all(first)
+    assert not any(second[:3])
+    # Without an archive nothing can be said.
+    readings.clear()
+    with pytest.raises(WalRecycledError):
+        with_wal(subject_of(server), end, 1 << 30, read, since=start + (1 << 20))

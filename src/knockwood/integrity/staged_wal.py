@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from knockwood.errors import HostError
+from knockwood.errors import HostError, KnockwoodError
 from knockwood.host import files
 from knockwood.integrity.check import Subject
 from knockwood.model import Lsn, Timeline, WalSegment
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.inventory import ArchiveInventory, Partial
 from knockwood.repository.walk import workplace
+
+T = TypeVar("T")
+
+
+class WalRecycledError(HostError):
+    """The server gave a segment file another place in its WAL while it was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,32 +35,76 @@ class StagedWal:
     _linked: dict[Path, int] = field(default_factory=dict)
 
     def require_unchanged(self) -> None:
-        """Raise HostError if the server recycled one of its files since: what was read is worth nothing."""
+        """Raise WalRecycledError if the server recycled one of its files since: what was read is worth nothing."""
         for path, inode in self._linked.items():
             try:
                 same = path.stat().st_ino == inode
             except FileNotFoundError:
                 same = False
             if not same:
-                raise HostError(
+                raise WalRecycledError(
                     "the server recycled WAL while it was read",
                     where=path.name,
                     hint="raise wal_keep_size, or give the check a repository to read WAL from",
                 )
 
 
+def with_wal(
+    subject: Subject,
+    until: Lsn,
+    at_most_bytes: int,
+    read: Callable[[StagedWal | None], T],
+    since: Lsn | None = None,
+) -> T:
+    """What `read` makes of `staged_wal`, asked once more of the archive's WAL if the server recycled its own
+    meanwhile. Raises WalRecycledError where the archive does not have it."""
+    try:
+        return _read(subject, until, at_most_bytes, read, since, archived_first=False)
+    except WalRecycledError:
+        if subject.repository is None:
+            raise
+    return _read(subject, until, at_most_bytes, read, since, archived_first=True)
+
+
+def _read(
+    subject: Subject,
+    until: Lsn,
+    at_most_bytes: int,
+    read: Callable[[StagedWal | None], T],
+    since: Lsn | None,
+    *,
+    archived_first: bool,
+) -> T:
+    with staged_wal(subject, until, at_most_bytes, since, archived_first=archived_first) as wal:
+        try:
+            found = read(wal)
+        except KnockwoodError:
+            if wal is not None:
+                wal.require_unchanged()  # that would be why
+            raise
+        if wal is not None:
+            wal.require_unchanged()
+        return found
+
+
 @contextmanager
 def staged_wal(
-    subject: Subject, until: Lsn, at_most_bytes: int, since: Lsn | None = None
+    subject: Subject,
+    until: Lsn,
+    at_most_bytes: int,
+    since: Lsn | None = None,
+    *,
+    archived_first: bool = False,
 ) -> Iterator[StagedWal | None]:
     """The WAL that ends at `until` (or as near before it as there is any), contiguous, on the server's
     present timeline, at most `at_most_bytes` and not from before `since`; None if there is none.
 
-    Nothing of the server is copied: its segments are linked to, so call `require_unchanged` after reading.
+    Nothing of the server is copied: its segments are linked to, so call `require_unchanged` after reading. With
+    `archived_first` that is done only where the archive has none.
     """
     size = subject.facts.segment_bytes
     with workplace() as folder:
-        stage = _Stage(subject, folder, size)
+        stage = _Stage(subject, folder, size, archived_first)
         numbers, end = stage.gather(until, max(at_most_bytes // size, 1), since)
         if not numbers:
             yield None
@@ -63,8 +114,9 @@ def staged_wal(
 
 
 class _Stage:
-    def __init__(self, subject: Subject, folder: Path, size: int) -> None:
+    def __init__(self, subject: Subject, folder: Path, size: int, archived_first: bool) -> None:
         self.subject = subject
+        self.archived_first = archived_first
         self.folder = folder
         self.size = size
         self.linked: dict[Path, int] = {}
@@ -94,13 +146,24 @@ class _Stage:
 
     def _put(self, segment: WalSegment) -> Lsn | None:
         target = self.folder / segment.name
-        if self.subject.data_directory is not None:
-            source = self.subject.data_directory / "pg_wal" / segment.name
-            with files.translated(source):
-                if source.exists():
-                    self.linked[source] = source.stat().st_ino
-                    target.symlink_to(source)
-                    return segment.end
+        end = self._fetch(segment, target, whole=True) if self.archived_first else None
+        return end or self._link(segment, target) or self._fetch(segment, target)
+
+    def _link(self, segment: WalSegment, target: Path) -> Lsn | None:
+        """The server's own file."""
+        if self.subject.data_directory is None:
+            return None
+        source = self.subject.data_directory / "pg_wal" / segment.name
+        with files.translated(source):
+            try:
+                self.linked[source] = source.stat().st_ino
+            except FileNotFoundError:
+                return None
+            target.symlink_to(source)
+        return segment.end
+
+    def _fetch(self, segment: WalSegment, target: Path, *, whole: bool = False) -> Lsn | None:
+        """The archive's file, if it is there (`whole`: and no partial one); where its WAL ends."""
         if self._archive is None:
             return None
         if self._inventory is None:
@@ -109,7 +172,7 @@ class _Stage:
         if place == "segment":
             self._archive.fetch(segment, target)
             return segment.end
-        if isinstance(place, Partial):
+        if isinstance(place, Partial) and not whole:
             self._archive.fetch_partial(place.name, target)
             return place.end
         return None

@@ -51,7 +51,7 @@ def cold_images(
         events = relation_events(
             programs, wal.folder, wal.timeline, backup.start_lsn, until, wal.segment_bytes
         )
-        came_or_went.extend(event for event in events if _main(event.path) == target.path)
+        came_or_went[:] = (event for event in events if _main(event.path) == target.path)
 
     wal = facts.wal_facts(subject, target, blocks, backup.start_lsn, until, beyond, note)
     cold = [block for block in sorted(blocks) if wal[block].known and wal[block].last is None]

@@ -12,7 +12,7 @@ import psycopg
 from knockwood.errors import HostError, InternalError, ObjectMissingError, ProgramFailedError, RefusedError
 from knockwood.host.direct import read_block
 from knockwood.integrity.check import Subject
-from knockwood.integrity.staged_wal import StagedWal, staged_wal
+from knockwood.integrity.staged_wal import StagedWal, with_wal
 from knockwood.model.wal import Lsn
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, connect, translated, with_words
@@ -20,6 +20,7 @@ from knockwood.postgres.pages import bad_pages, decode_header, fitting_blocks
 from knockwood.recover.pages_wal import Node, block_records
 from knockwood.recover.plan.pages import (
     PAGE_BYTES,
+    BlockRecord,
     OnDisk,
     RelationFacts,
     WalFacts,
@@ -185,22 +186,25 @@ def wal_facts(
     """What the WAL in [since, until) says of the blocks, from the server's pg_wal or else the archive.
 
     `beyond` are starts of records known to have changed blocks. Never raises for WAL that cannot be had: then
-    nothing is known, with the reason. `beside` is given the same WAL to look for something else.
+    nothing is known, with the reason. `beside` is given the same WAL (perhaps twice) to look for something else.
     """
     if not blocks:
         return {}
     size = subject.facts.segment_bytes
+
+    def read(wal: StagedWal | None) -> dict[int, list[BlockRecord]]:
+        if wal is None or wal.start > since or wal.end < until:
+            have = f"{wal.start} to {wal.end} only" if wal else "nothing"
+            raise ProgramFailedError(f"of the WAL from {since} to {until} there is {have}")
+        records = block_records(
+            programs_of(subject), wal.folder, wal.timeline, since, until, size, target.node, blocks
+        )
+        if beside is not None:
+            beside(wal)
+        return records
+
     try:
-        with staged_wal(subject, until, until - since + 2 * size, since=since) as wal:
-            if wal is None or wal.start > since or wal.end < until:
-                have = f"{wal.start} to {wal.end} only" if wal else "nothing"
-                raise ProgramFailedError(f"of the WAL from {since} to {until} there is {have}")
-            found = block_records(
-                programs_of(subject), wal.folder, wal.timeline, since, until, size, target.node, blocks
-            )
-            if beside is not None:
-                beside(wal)
-            wal.require_unchanged()
+        found = with_wal(subject, until, until - since + 2 * size, read, since=since)
     except (HostError, ObjectMissingError) as error:
         return {block: WalFacts(False, (), since, until, str(error), beyond.get(block)) for block in blocks}
     return {

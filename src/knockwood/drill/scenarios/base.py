@@ -79,6 +79,8 @@ def watch(
         story.say(Kind.FOUND, f"{finding.check}: {place}{block}: {finding.summary}")
     if len(report.findings) > 4:
         story.say(Kind.FOUND, f"and {len(report.findings) - 4} more findings")
+    for gap in report.not_checked[:4]:
+        story.say(Kind.FAILED, f"{gap.check}: not checked: {gap.reason}")
     return report, took
 
 

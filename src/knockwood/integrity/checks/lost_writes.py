@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -23,7 +24,7 @@ from knockwood.integrity.page_audit import (
     may_keep_lsn,
 )
 from knockwood.integrity.relation_files import DataFiles, RelationFile, data_files, listing
-from knockwood.integrity.staged_wal import StagedWal, staged_wal
+from knockwood.integrity.staged_wal import StagedWal, staged_wal, with_wal
 from knockwood.model import Finding, Lsn, Severity
 from knockwood.postgres import walrefs
 from knockwood.postgres.binaries import Programs, find_programs
@@ -109,17 +110,24 @@ class _Run:
             if left < size and self.read:
                 self.missed.append(((start, end), f"one run reads {most >> 20} MB"))
                 continue
-            with staged_wal(self.subject, end, left, since=start) as wal:
-                if wal is None or wal.end <= wal.start:
-                    self.missed.append(((start, end), "it is neither in pg_wal nor in the repository"))
-                    continue
-                begin = self._begin(start, wal)
-                if begin >= wal.end:  # all that is left is the end of a record that began before
-                    self.missed.append(((start, end), "it is no longer there"))
-                    continue
-                left -= wal.end - wal.start
-                self._note((start, end), (begin, wal.end), most, bounded=left < size)
-                yield from _Audit(self.subject, self.data, self.connection, wal).run()
+            audit = partial(self._audit, start)
+            read, used, found = with_wal(self.subject, end, left, audit, since=start)
+            if isinstance(read, str):
+                self.missed.append(((start, end), read))
+                continue
+            left -= used
+            self._note((start, end), read, most, bounded=left < size)
+            yield from found
+
+    def _audit(self, start: Lsn, wal: StagedWal | None) -> tuple[Span | str, int, list[Outcome]]:
+        """What of the WAL from `start` on was read (or why nothing), how many bytes there were, what was found."""
+        if wal is None or wal.end <= wal.start:
+            return "it is neither in pg_wal nor in the repository", 0, []
+        begin = self._begin(start, wal)
+        if begin >= wal.end:  # all that is left is the end of a record that began before
+            return "it is no longer there", 0, []
+        found = list(_Audit(self.subject, self.data, self.connection, wal).run())
+        return (begin, wal.end), wal.end - wal.start, found
 
     def _note(self, wanted: Span, read: Span, most: int, *, bounded: bool) -> None:
         self.read.append(read)
@@ -213,7 +221,7 @@ class _Audit:
                 # A block may be touched again later, so its last record is not known yet.
                 suspects += self._compare(expected, final=False)
                 expected.clear()
-        wal.require_unchanged()
+        wal.require_unchanged()  # before anything is compared with what it says
         suspects += self._compare(expected, final=True)
         yield from self._confirmed(suspects)
 
@@ -274,25 +282,29 @@ class _Audit:
         if open_ones:
             now = _now(self.connection)
             reach = LOOK_BACK_BYTES + (now - self.wal.start)
-            with staged_wal(self.subject, now, reach, since=self.wal.start) as wal:
-                if wal is None or wal.end < now or wal.start > self.wal.start:
-                    yield NotChecked(
-                        LostWrites.name,
-                        f"{len(open_ones)} pages are missing or zero; whether their tables were truncated"
-                        f" cannot be told until the WAL up to {now} is archived",
-                    )
-                    open_ones = []
-                else:
-                    open_ones = self._unexplained(open_ones, wal)
+            left = with_wal(
+                self.subject, now, reach, partial(self._unexplained, open_ones, now), since=self.wal.start
+            )
+            if left is None:
+                yield NotChecked(
+                    LostWrites.name,
+                    f"{len(open_ones)} pages are missing or zero; whether their tables were truncated"
+                    f" cannot be told until the WAL up to {now} is archived",
+                )
+            open_ones = left or []
         yield from self._findings([*certain, *open_ones])
 
-    def _unexplained(self, suspects: list[Deviation], wal: StagedWal) -> list[Deviation]:
+    def _unexplained(
+        self, suspects: list[Deviation], now: Lsn, wal: StagedWal | None
+    ) -> list[Deviation] | None:
+        """Those that nothing up to `now` explains; None where the WAL up to there cannot be had."""
+        if wal is None or wal.end < now or wal.start > self.wal.start:
+            return None
         events = list(
             walrefs.relation_events(
                 self.programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes
             )
         )
-        wal.require_unchanged()
         return [s for s in suspects if not explained(s, self._file(s).relation_path, events)]
 
     def _file(self, deviation: Deviation) -> RelationFile:

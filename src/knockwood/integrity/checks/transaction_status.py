@@ -17,12 +17,12 @@ from knockwood.integrity.checks.lost_writes import LOOK_BACK_BYTES
 from knockwood.integrity.checks.page_checksums import scannable
 from knockwood.integrity.relation_files import DataFiles, RelationFile, data_files, listing
 from knockwood.integrity.row_headers import Hints, hints_of
-from knockwood.integrity.staged_wal import staged_wal
+from knockwood.integrity.staged_wal import StagedWal, with_wal
 from knockwood.model import Finding, Location, Lsn, Severity
 from knockwood.postgres.binaries import find_programs
 from knockwood.postgres.connection import translated
 from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES
-from knockwood.postgres.waldump import RawCommit, raw_lsn, walk
+from knockwood.postgres.waldump import RawCommit, WalWalk, raw_lsn, walk
 
 _CHUNK: Final = 4 << 20
 _PAGES: Final = 32  # pages of one segment file
@@ -133,10 +133,11 @@ def _flaw(path: str, block: int, summary: str) -> Finding:
 
 def _against_wal(subject: Subject, known: _Range, status: NDArray[np.uint8]) -> Iterator[Outcome]:
     """Commits that the WAL holds and pg_xact does not know. Without WAL the rows alone are asked."""
-    with staged_wal(subject, known.redo, LOOK_BACK_BYTES) as wal:
-        if wal is None or wal.end <= wal.start:
-            return
+
+    def read(wal: StagedWal | None) -> tuple[WalWalk | None, list[tuple[int, Lsn]]]:
         denied: list[tuple[int, Lsn]] = []
+        if wal is None or wal.end <= wal.start:
+            return None, denied
 
         def compare(commits: list[RawCommit]) -> None:
             if len(denied) < _MOST_FINDINGS:
@@ -146,8 +147,12 @@ def _against_wal(subject: Subject, known: _Range, status: NDArray[np.uint8]) -> 
         walked = walk(
             programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes, on_commits=compare
         )
-        wal.require_unchanged()
-    if not walked.sound:
+        if not walked.sound:
+            wal.require_unchanged()
+        return walked, denied
+
+    walked, denied = with_wal(subject, known.redo, LOOK_BACK_BYTES, read)
+    if walked is not None and not walked.sound:
         yield NotChecked(
             TransactionStatus.name, f"the WAL cannot be read from {walked.end_lsn} on: {walked.error}"
         )
