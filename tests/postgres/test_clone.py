@@ -115,7 +115,8 @@ def test_a_clone_of_an_incremental_chain_with_tablespaces(
         incremental = made.backup(incremental=True)
         made.execute("delete from far where a <= 10")
         before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
-        with spawn(made.repository, made.plan("latest"), purpose="test", registry=made.registry) as clone:
+        plan = made.plan("latest", prefer_proved=False)
+        with spawn(made.repository, plan, purpose="test", registry=made.registry) as clone:
             assert len(clone.plan.chain) == 2
             assert clone.plan.backup.id == incremental.id
             assert one(clone.dsn(), "select count(*) from far") == 5990
@@ -146,7 +147,8 @@ def test_a_map_from_an_incremental_backup_calls_nothing_visible_that_is_not(
         made.execute("update changed set b = 0 where a % 70 = 1")
         made.backup(incremental=True)
         made.execute("delete from changed where a = 1")
-        with spawn(made.repository, made.plan("latest"), purpose="test", registry=made.registry) as clone:
+        plan = made.plan("latest", prefer_proved=False)
+        with spawn(made.repository, plan, purpose="test", registry=made.registry) as clone:
             dsn = clone.dsn()
             assert len(clone.plan.chain) == 2
             for ask in ("pg_check_visible", "pg_check_frozen"):

@@ -14,6 +14,7 @@ from knockwood.drill import faults
 from knockwood.errors import ProgramFailedError
 from knockwood.integrity.staged_wal import StagedWal, WalRecycledError, with_wal
 from knockwood.model import Lsn
+from knockwood.postgres.pages import decode_header
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -75,6 +76,26 @@ def test_after_a_promotion_the_new_timeline_is_read(new_server: ServerFactory, e
     [finding] = found(server, NAME)
     assert (finding.location.file, finding.location.block) == (table, 3)
     assert str(finding.evidence["wal"]).endswith("timeline 2")
+
+
+def test_an_old_page_that_was_changed_once_more_is_found(new_server: ServerFactory) -> None:
+    """Its LSN is new. What it had before is in the image that the change logged."""
+    server = shop(new_server)
+    sql(server, "create extension pg_buffercache; checkpoint")
+    table = make_stale(server)
+    rows_there = "select count(*) from shop where ctid >= '(3,0)' and ctid < '(4,0)'"
+    assert sql(server, rows_there) > 1
+    sql(server, "select 1 from shop where ctid >= '(3,0)' and ctid < '(4,0)' for key share")
+    sql(
+        server,
+        "select pg_buffercache_evict(bufferid) from pg_buffercache"
+        " where relfilenode = pg_relation_filenode('shop')",
+    )
+    image = faults.read_block(server.data_directory, table, 3)
+    redo = Lsn.parse(sql(server, "select redo_lsn::text from pg_control_checkpoint()"))
+    assert decode_header(image).lsn > redo
+    [finding] = found(server, NAME)
+    assert (finding.location.file, finding.location.block, finding.evidence["kind"]) == (table, 3, "stale")
 
 
 def test_wal_that_held_is_not_read_again_and_damage_is(new_server: ServerFactory, tmp_path: Path) -> None:

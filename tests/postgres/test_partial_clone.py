@@ -153,7 +153,11 @@ def test_the_pieces_of_a_chain_of_backups_are_combined(new_server: ServerFactory
         made.execute(_WORK)
         keys = [key("wanted"), key("far")]
         with spawn_partial(
-            made.repository, made.plan("latest"), keys, purpose="test", registry=made.registry
+            made.repository,
+            made.plan("latest", prefer_proved=False),
+            keys,
+            purpose="test",
+            registry=made.registry,
         ) as clone:
             assert [link.id for link in clone.plan.chain] == [full.id, first.id, last.id]
             for table in ("wanted", "far"):

@@ -44,8 +44,16 @@ def stale_backups(backups: Sequence[Backup], schedule: Schedule, now: datetime) 
     if schedule.incremental is not None and schedule.incremental < schedule.full:
         wanted.append(("healthy backup", usable, schedule.incremental))
     for what, those, interval in wanted:
-        newest = max(those, key=lambda backup: backup.finished_at, default=None)
+        # By the WAL, not by a clock that may have been wrong.
+        newest = those[-1] if those else None
         if newest is None:
+            continue
+        if from_the_future(newest.finished_at, now):
+            yield Stale(
+                f"the newest {what} says that it ended at {newest.finished_at.isoformat()}, which is yet to come:"
+                " how old it is nobody knows",
+                {"backup": newest.id},
+            )
             continue
         age, limit = now - newest.finished_at, latest(interval)
         if age > limit:
@@ -65,13 +73,25 @@ def _shown(age: timedelta) -> str:
     return f"{age.days} days and {hours} hours" if age.days else f"{hours} h {age.seconds % 3600 // 60} min"
 
 
+def from_the_future(moment: datetime, now: datetime) -> bool:
+    """Whether somebody's clock was wrong, there or here, by more than clocks of a fleet differ."""
+    return moment - now > _LEAST_GRACE
+
+
 def newest_proof(repository: Repository) -> dict[str, Any] | None:
-    """The newest stored proof, as JSON; None if there is none."""
+    """The newest stored proof, as JSON; None if there is none. One from the future only where there is no other."""
     names = [info.name for info in repository.storage.list(PROOFS) if info.name.endswith(".json")]
-    if not names:
-        return None
-    proof: dict[str, Any] = repository.get_json(max(names))
-    return proof
+    last: dict[str, Any] | None = None
+    for name in sorted(names, reverse=True):
+        proof: dict[str, Any] = repository.get_json(name)
+        last = last or proof
+        if not from_the_future(_taken(proof), clock.now()):
+            return proof
+    return last
+
+
+def _taken(proof: Mapping[str, Any]) -> datetime:
+    return datetime.fromisoformat(proof.get("taken_at") or proof["valid_until"])
 
 
 def stale_proof(proof: Mapping[str, Any], schedule: Schedule, now: datetime) -> Iterator[Stale]:
@@ -79,6 +99,11 @@ def stale_proof(proof: Mapping[str, Any], schedule: Schedule, now: datetime) -> 
     evidence = {key: proof.get(key) for key in ("id", "verdict", "valid_until", "backup")}
     if proof.get("verdict") == "broken":
         yield Stale(f"the newest proof {proof['id']} found something broken", evidence)
+    if "taken_at" in proof and from_the_future(_taken(proof), now):
+        yield Stale(
+            f"the newest proof {proof['id']} says that it was taken at {proof['taken_at']}, which is yet to come",
+            evidence,
+        )
     until = datetime.fromisoformat(proof["valid_until"])
     if "taken_at" in proof:
         until = min(until, datetime.fromisoformat(proof["taken_at"]) + schedule.proof)

@@ -66,6 +66,8 @@ class Expected:
     def __init__(self, rows: NDArray[np.void]) -> None:
         self._rows = rows
         self.blocks: NDArray[np.uint32] = rows["block"]
+        self.starts: NDArray[np.uint64] = rows["start"]
+        self.unsure: NDArray[np.bool_] = rows["unsure"]
 
     def __getitem__(self, at: int) -> Expectation:
         row = self._rows[at]

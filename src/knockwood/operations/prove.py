@@ -278,6 +278,7 @@ class _Run:
             target,
             backup=self.options.backup,
             accept_loss=True,
+            prefer_proved=False,
             programs_for=self.options.programs_for,
         )
 

@@ -27,7 +27,10 @@ from knockwood.repository.route import Reach, Route, Stop, record_floor
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is asked for, and what there is. `backup` and `timeline` narrow the choice."""
+    """What is asked for, and what there is. `backup` and `timeline` narrow the choice.
+
+    `proved` are backups of which a proof held; None: it makes no difference.
+    """
 
     target: Target
     backups: Sequence[Backup]
@@ -35,6 +38,7 @@ class Choice:
     timeline: Timeline | None = None
     backup: str | None = None
     accept_loss: bool = False
+    proved: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,11 @@ def choose(choice: Choice, lookup_for: Callable[[int], CommitLookup]) -> Restore
 
 
 def _candidates(choice: Choice, route: Route) -> tuple[list[Backup], list[str]]:
-    """Backups on the route, the sound and newest first; and why others are out."""
+    """Backups on the route, the sound and newest first; and why others are out.
+
+    An incremental backup that nobody has proved comes after all full ones, which need more WAL: PostgreSQL may leave
+    pages out of it (decision 13).
+    """
     if choice.backup is not None and all(b.id != choice.backup for b in choice.backups):
         raise ObjectMissingError(
             f"there is no complete backup {choice.backup}", hint="`knockwood backups` lists those there are"
@@ -103,8 +111,13 @@ def _candidates(choice: Choice, route: Route) -> tuple[list[Backup], list[str]]:
             continue
         found.append(backup)
     found.sort(key=lambda b: (b.stop_lsn, b.finished_at), reverse=True)
-    found.sort(key=lambda b: _broken(choice.backups, b))
+    found.sort(key=lambda b: (_broken(choice.backups, b), is_unproved(b, choice.proved)))
     return found, reasons
+
+
+def is_unproved(backup: Backup, proved: frozenset[str] | None) -> bool:
+    """Whether it is incremental, and it matters that no proof of it held."""
+    return proved is not None and backup.kind != "full" and backup.id not in proved
 
 
 def _broken(backups: Sequence[Backup], backup: Backup) -> bool:
@@ -253,7 +266,7 @@ class _Chooser:
             histories=tuple(histories),
             last_commit=end.last,
             missing=end.short,
-            warnings=_warnings(links),
+            warnings=_warnings(links, self._choice.proved),
         )
 
     def fall_short(self, ends: Sequence[_End]) -> RestorePlan:
@@ -296,9 +309,14 @@ def _way_out(end: _End) -> str:
     )
 
 
-def _warnings(links: Sequence[Backup]) -> tuple[str, ...]:
-    return tuple(
+def _warnings(links: Sequence[Backup], proved: frozenset[str] | None) -> tuple[str, ...]:
+    found = [
         f"backup {link.id} has {link.health.bad_page_count} bad pages and no better one leads to the target"
         for link in links
         if link.health.verdict is Verdict.BROKEN
-    )
+    ]
+    if is_unproved(links[-1], proved):
+        found.append(
+            f"backup {links[-1].id} is incremental and was never proved: PostgreSQL may have left pages out of it"
+        )
+    return tuple(found)

@@ -19,6 +19,7 @@ from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.repository import proved
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.listing import list_backups
+from knockwood.repository.backups.proofs import proved_clean, read_proofs
 from knockwood.repository.choose import Choice, choose
 from knockwood.repository.commits import ArchiveReader, Progress
 from knockwood.repository.plans import (
@@ -95,6 +96,7 @@ def resolve(
     backup: str | None = None,
     timeline: Timeline | None = None,
     accept_loss: bool = False,
+    prefer_proved: bool = True,
     programs_for: Callable[[int], Programs] = find_programs,
     progress: Progress | None = None,
     keep: Kept | None = None,
@@ -105,10 +107,12 @@ def resolve(
     earlier one with the same Repository object or an earlier `verify`. Raises TargetUnreachableError, naming the
     last reachable commit, where the target cannot be reached and `accept_loss` is not given, or where nothing
     can be restored at all; ObjectMissingError for an unknown backup; ProgramsMissingError, WrongKeyError.
-    The files that this call reads go to `keep`.
+    The files that this call reads go to `keep`. Unless `prefer_proved` is off (for who is about to prove it), an
+    incremental backup of which no proof held is taken only where no full one leads to the target.
     """
     for _ in range(_ATTEMPTS):
-        asked = _Question(repository, target, backup, timeline, accept_loss, programs_for, progress, keep)
+        asked = _Question(repository, programs_for, progress, keep)
+        asked.choose(target, timeline, backup, accept_loss=accept_loss, prefer_proved=prefer_proved)
         try:
             plan = asked.answer()
         except TargetUnreachableError:
@@ -130,10 +134,6 @@ class _Question:
     def __init__(
         self,
         repository: Repository,
-        target: Target,
-        backup: str | None,
-        timeline: Timeline | None,
-        accept_loss: bool,
         programs_for: Callable[[int], Programs],
         progress: Progress | None,
         keep: Kept | None,
@@ -142,12 +142,28 @@ class _Question:
         self._programs_for = programs_for
         self._progress = progress
         self._keep = keep
-        backups = list_backups(repository)
+        # Backups first: one that is listed has its WAL there already.
+        self._backups = list_backups(repository)
         archive = WalArchive(repository)
         self._listing = archive.listing()
         self._inventory = archive.inventory_of(self._listing)
-        self._choice = Choice(target, backups, self._inventory, timeline, backup, accept_loss)
         self._readers: list[ArchiveReader] = []
+        self._choice = Choice(Latest(), self._backups, self._inventory)
+
+    def choose(
+        self,
+        target: Target,
+        timeline: Timeline | None,
+        backup: str | None,
+        *,
+        accept_loss: bool,
+        prefer_proved: bool,
+    ) -> None:
+        """Say what is asked for."""
+        known = None
+        if prefer_proved and any(each.kind != "full" for each in self._backups):
+            known = proved_clean(read_proofs(self._repository))
+        self._choice = Choice(target, self._backups, self._inventory, timeline, backup, accept_loss, known)
 
     @property
     def broken(self) -> bool:

@@ -84,3 +84,15 @@ def test_a_proof_counts_as_long_as_it_and_the_settings_say(
         "valid_until": (at + valid).isoformat(),
     }
     assert len(list(stale_proof(proof, Schedule(proof=allowed), NOW))) == count
+
+
+def test_what_says_that_it_is_from_the_future_is_not_recent() -> None:
+    """A clock was wrong once: without this it would count as new until that day comes."""
+    [found] = stale_backups([aged(3 * DAY), aged(-4000 * DAY)], DAILY, NOW)
+    assert "yet to come" in found.summary
+    assert list(stale_backups([aged(-4000 * DAY), aged(HOUR)], DAILY, NOW)) == []
+    assert list(stale_backups([aged(-30 * MINUTE)], DAILY, NOW)) == []
+    proof = {"id": "p", "verdict": "held", "backup": "b"}
+    taken, until = (NOW + 4000 * DAY).isoformat(), (NOW + 4008 * DAY).isoformat()
+    [found] = stale_proof(proof | {"taken_at": taken, "valid_until": until}, WEEKLY, NOW)
+    assert "yet to come" in found.summary

@@ -184,6 +184,29 @@ def test_a_backup_with_bad_pages_is_taken_only_if_no_better_one_leads_there() ->
     assert "bad pages" in plan.warnings[0]
 
 
+def test_an_incremental_backup_is_taken_once_it_was_proved() -> None:
+    """PostgreSQL may leave pages out of it: until then the full one below it, and more WAL."""
+    commits, inventory = _plain()
+    full = a_backup("full", 1, Lsn(SIZE + 1024), Lsn(SIZE + 2048), BEGUN)
+    later = a_backup("later", 1, Lsn(4 * SIZE + 1024), Lsn(4 * SIZE + 2048), BEGUN, parent="full")
+
+    def chosen(proved: frozenset[str] | None) -> tuple[Backup, tuple[str, ...]]:
+        choice = Choice(Latest(), [full, later], inventory, proved=proved)
+        plan = choose(choice, lambda major: Known(commits))
+        return plan.backup, plan.warnings
+
+    assert chosen(None) == (later, ())
+    assert chosen(frozenset({"full"})) == (full, ())
+    assert chosen(frozenset({"later"})) == (later, ())
+    # Asked for, or where no other leads there, it is better than nothing.
+    holed = ArchiveInventory(SIZE, {Timeline(1): (1, 2, 4, 5, 6, 7, 8)})
+    for known, backup in ((inventory, "later"), (holed, None)):
+        choice = Choice(Latest(), [full, later], known, backup=backup, proved=frozenset())
+        plan = choose(choice, lambda major: Known(commits))
+        assert plan.backup == later
+        assert "never proved" in plan.warnings[0]
+
+
 def test_a_loss_is_accepted_with_what_is_known_of_it() -> None:
     commits, _ = _plain()
     holed = ArchiveInventory(SIZE, {Timeline(1): (1, 2, 3, 5, 6, 7, 8)})

@@ -13,8 +13,10 @@ from knockwood.drill.scenarios.base import Scale, Scenario, gate, protect_under_
 from knockwood.drill.scenarios.live import Played, finish, repair
 from knockwood.drill.scorecard import Scorecard, Seconds
 from knockwood.drill.story import Kind, Story
+from knockwood.errors import PostgresError
 from knockwood.host import clock
 from knockwood.model import Finding
+from knockwood.postgres.pages import decode_header
 
 DETECTORS = ("page_checksums", "lost_writes", "heap_index_counts", "invariants")
 
@@ -22,6 +24,9 @@ DETECTORS = ("page_checksums", "lost_writes", "heap_index_counts", "invariants")
 _COLD = ("orders", "order_lines")
 _GROWING = "payments"
 """Rows are only added here: a page that is full is never written again."""
+
+_ROW_BYTES = 128
+"""More than one of its rows takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +63,37 @@ def play(story: Story, scale: Scale, seed: int, parent: Path | None = None) -> S
 
 
 def _remember(box: Sandbox, scale: Scale) -> tuple[_Page, bytes]:
-    """The image on disk of a page that is being filled; returns once it has been full for a while."""
+    """The image on disk of a page that is being filled; returns once it is full, and has been for a while."""
+    limit = clock.monotonic() + 60
+    found: tuple[_Page, bytes] | None = None
+    while clock.monotonic() < limit:
+        box.sql("checkpoint")
+        found = found or _filling(box)
+        if found is not None:
+            page, _ = found
+            if _free(faults.read_block(box.server.data_directory, page.path, page.block)) < _ROW_BYTES:
+                clock.sleep(scale.warm_up / 4)
+                return found
+        clock.sleep(scale.warm_up / 4)
+    raise PostgresError(f"no page of {_GROWING} was filled within a minute")
+
+
+def _filling(box: Sandbox) -> tuple[_Page, bytes] | None:
+    """A page with room for more rows. Many clients have one each, and empty ones are made in advance."""
     [(path, size)] = box.sql(
         f"select pg_relation_filepath('{_GROWING}'), pg_relation_size('{_GROWING}') / 8192"
     )
-    page = _Page(_GROWING, str(path), int(str(size)) - 1, "a lost write")
-    box.sql("checkpoint")
-    image = faults.read_block(box.server.data_directory, page.path, page.block)
-    limit = clock.monotonic() + 60
-    while clock.monotonic() < limit:
-        clock.sleep(scale.warm_up / 4)
-        [(now,)] = box.sql(f"select pg_relation_size('{_GROWING}') / 8192")
-        if int(str(now)) > page.block + 3:
-            break
-    return page, image
+    for block in range(int(str(size)) - 1, 0, -1):
+        image = faults.read_block(box.server.data_directory, str(path), block)
+        if any(image) and 2048 < _free(image) < 7168:
+            return _Page(_GROWING, str(path), block, "a lost write"), image
+    return None
+
+
+def _free(image: bytes) -> int:
+    """Bytes of a page that no row takes."""
+    header = decode_header(image)
+    return header.upper - header.lower
 
 
 def _strike(box: Sandbox, chance: random.Random, stale: tuple[_Page, bytes]) -> tuple[_Page, ...]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from knockwood.errors import KnockwoodError
 from knockwood.host import clock
 from knockwood.model import Lsn, Verdict, WalRange, WalSegment
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.listing import COMMIT_MARK, age_order, scan_backups
 from knockwood.repository.backups.model import Backup
+from knockwood.repository.backups.proofs import proved_clean, read_proofs
 from knockwood.repository.backups.take import LEASE, remove_leftovers, remove_objects
 from knockwood.repository.inventory import ArchiveInventory
 from knockwood.repository.leases import lease
@@ -110,7 +110,7 @@ def _wanted(
     healthy = [backup for backup in ordered if backup.health.verdict != Verdict.BROKEN]
     if healthy:
         kept.setdefault(healthy[-1].id, "it is the newest without known damage")
-    clean = _proved_clean(proofs)
+    clean = proved_clean(proofs)
     proved = [backup for backup in ordered if backup.id in clean]
     if proved:
         kept.setdefault(proved[-1].id, "it is the newest that was proved clean")
@@ -145,17 +145,6 @@ def _keep_count(ordered: list[Backup], count: int, kept: dict[str, str]) -> None
         kept.setdefault(backup.id, f"the newest {count} full backups stay")
 
 
-def _proved_clean(proofs: list[Any]) -> set[str]:
-    # Proofs are written elsewhere: what is not understood proves nothing.
-    clean = set()
-    for proof in proofs:
-        if isinstance(proof, Mapping) and proof.get("verdict") == str(Verdict.HELD):
-            backup = proof.get("backup")
-            if isinstance(backup, str):
-                clean.add(backup)
-    return clean
-
-
 def _wal(earliest: Lsn, inventory: ArchiveInventory) -> tuple[WalSegment, ...]:
     segments = (
         WalSegment(timeline, number, inventory.segment_bytes)
@@ -163,18 +152,6 @@ def _wal(earliest: Lsn, inventory: ArchiveInventory) -> tuple[WalSegment, ...]:
         for number in numbers
     )
     return tuple(sorted(segment for segment in segments if segment.end <= earliest))
-
-
-def read_proofs(repository: Repository) -> list[Any]:
-    """Every proof that can be read; one that cannot proves nothing."""
-    found = []
-    for info in list(repository.storage.list("proofs/")):
-        if info.name.endswith(".json"):
-            try:
-                found.append(repository.get_json(info.name))
-            except KnockwoodError:
-                continue
-    return found
 
 
 def expire(
