@@ -80,10 +80,14 @@ def manifest_of(made: Archived, backup: Backup) -> str:
     return b"".join(read_object(made.repository, backup.manifest)).decode()
 
 
-def verified_by_postgresql(made: Archived) -> Callable[[Path], None]:
+def verified_by_postgresql(made: Archived, *, but_maps: bool = False) -> Callable[[Path], None]:
+    """PostgreSQL's own check of the files; `but_maps` leaves out visibility maps, which may have been emptied."""
+
     def check(into: Path) -> None:
         program = made.server.programs.path("pg_verifybackup")
-        done = processes.run([program, "--no-parse-wal", into], account=made.server.account)
+        maps = [path.relative_to(into) for path in into.rglob("*_vm") if but_maps]
+        ignored = [f"--ignore={path}" for path in maps]
+        done = processes.run([program, "--no-parse-wal", *ignored, into], account=made.server.account)
         assert "successfully verified" in done.out
 
     return check
@@ -193,9 +197,9 @@ def test_an_incremental_backup_builds_on_copied_files(
     assert (second.kind, second.parent) == ("incremental", full.id)
     assert second.raw_bytes < full.raw_bytes / 2
     links = chain(list_backups(made.repository), second.id)
-    with restored(
-        made.repository, links, folder / "a", made.server.programs, before_start=verified_by_postgresql(made)
-    ) as server:
+    verified = verified_by_postgresql(made, but_maps=True)
+    programs = made.server.programs
+    with restored(made.repository, links, folder / "a", programs, before_start=verified) as server:
         assert query(server, ROWS) == before
 
 
