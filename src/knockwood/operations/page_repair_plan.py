@@ -35,6 +35,7 @@ from knockwood.recover.plan.pages import Poison, Procedure
 from knockwood.recover.rows import shape_of
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Backup
+from knockwood.repository.backups.proofs import read_proofs, trusted
 from knockwood.repository.repository import Repository
 
 _READ: Final = re.compile(r"[0-9A-F]+/[0-9A-F]+\.\.([0-9A-F]+/[0-9A-F]+) ")
@@ -210,9 +211,10 @@ class _Planning:
         has to hold the record, else it was taken after the damage. Between what the check has read and a later
         backup nobody looked for changes.
         """
-        known = list_backups(self.repository)
         if self.backup is not None:
-            known = [each for each in known if each.id == self.backup]
+            known = [each for each in list_backups(self.repository) if each.id == self.backup]
+        else:
+            known = self._trusted()
         if seen.lsn is not None:
             limit = (
                 seen.lsn if any(each.start_lsn <= seen.lsn for each in known) else seen.read_to or seen.lsn
@@ -257,7 +259,7 @@ class _Planning:
 
     def _rows(self, tools: Session, target: Target, blocks: list[int], seen: Looked) -> list[int]:
         """Rows in place of pages; then all indexes of the table are suspect. The blocks that have a step."""
-        known = list_backups(self.repository)
+        known = self._trusted()
         poisons: dict[int, Poison] = {}
         for block in blocks:
             poison = seen.wal[block].poison
@@ -275,6 +277,9 @@ class _Planning:
             usable = [each for each in known if each.stop_lsn <= first]
             self.steps.append(rows_step(target, poisons, usable[-1]))
         return list(poisons)
+
+    def _trusted(self) -> list[Backup]:
+        return trusted(list_backups(self.repository), read_proofs(self.repository))
 
     # --- indexes and maps -------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from knockwood.model.finding import Verdict
 from knockwood.model.proof import Commit
 from knockwood.model.wal import Lsn, Timeline
 from knockwood.repository.backups.model import Backup, chain
+from knockwood.repository.backups.proofs import is_unproved
 from knockwood.repository.commits import CommitLookup
 from knockwood.repository.inventory import ArchiveInventory
 from knockwood.repository.plans import (
@@ -111,13 +112,12 @@ def _candidates(choice: Choice, route: Route) -> tuple[list[Backup], list[str]]:
             continue
         found.append(backup)
     found.sort(key=lambda b: (b.stop_lsn, b.finished_at), reverse=True)
-    found.sort(key=lambda b: (_broken(choice.backups, b), is_unproved(b, choice.proved)))
+    found.sort(key=lambda b: (_broken(choice.backups, b), _unproved(choice, b)))
     return found, reasons
 
 
-def is_unproved(backup: Backup, proved: frozenset[str] | None) -> bool:
-    """Whether it is incremental, and it matters that no proof of it held."""
-    return proved is not None and backup.kind != "full" and backup.id not in proved
+def _unproved(choice: Choice, backup: Backup) -> bool:
+    return choice.proved is not None and is_unproved(backup, choice.proved)
 
 
 def _broken(backups: Sequence[Backup], backup: Backup) -> bool:
@@ -266,7 +266,7 @@ class _Chooser:
             histories=tuple(histories),
             last_commit=end.last,
             missing=end.short,
-            warnings=_warnings(links, self._choice.proved),
+            warnings=_warnings(links, unproved=_unproved(self._choice, end.backup)),
         )
 
     def fall_short(self, ends: Sequence[_End]) -> RestorePlan:
@@ -309,13 +309,13 @@ def _way_out(end: _End) -> str:
     )
 
 
-def _warnings(links: Sequence[Backup], proved: frozenset[str] | None) -> tuple[str, ...]:
+def _warnings(links: Sequence[Backup], *, unproved: bool) -> tuple[str, ...]:
     found = [
         f"backup {link.id} has {link.health.bad_page_count} bad pages and no better one leads to the target"
         for link in links
         if link.health.verdict is Verdict.BROKEN
     ]
-    if is_unproved(links[-1], proved):
+    if unproved:
         found.append(
             f"backup {links[-1].id} is incremental and was never proved: PostgreSQL may have left pages out of it"
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from knockwood.errors import KnockwoodError
 from knockwood.model import Verdict
+from knockwood.repository.backups.model import Backup
 from knockwood.repository.repository import Repository
 
 
@@ -31,3 +32,14 @@ def proved_clean(proofs: Iterable[Any]) -> frozenset[str]:
             if isinstance(backup, str):
                 clean.add(backup)
     return frozenset(clean)
+
+
+def is_unproved(backup: Backup, proved: frozenset[str]) -> bool:
+    """Whether it is incremental and no proof of it held: PostgreSQL may have left pages out of it (decision 13)."""
+    return backup.kind != "full" and backup.id not in proved
+
+
+def trusted(backups: Sequence[Backup], proofs: Iterable[Any]) -> list[Backup]:
+    """The backups without the unproved ones; all of them where nothing else is left."""
+    proved = proved_clean(proofs)
+    return [each for each in backups if not is_unproved(each, proved)] or list(backups)
