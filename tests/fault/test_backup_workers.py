@@ -16,7 +16,7 @@ import pytest
 
 from fix_archive import Archived
 from fix_backup import KEEP_WAL, archiving, backed_up, repository_of, restored
-from knockwood.errors import HostError
+from knockwood.errors import HostError, RefusedError
 from knockwood.host import privileges, processes
 from knockwood.postgres.connection import connect
 from knockwood.repository.archive import WalArchive
@@ -95,6 +95,29 @@ def test_a_killed_worker_ends_the_backup_and_leaves_nothing(made: Archived, vict
         take_backup(made.repository, made.server.dsn(), progress=kill_one, effort=effort)
     assert len(seen) == 1
     assert workers_of(os.getpid()) == []
+    assert list(made.repository.storage.list("backups/")) == []
+
+
+def test_a_backup_given_up_leaves_no_half_written_file_of_its_workers(made: Archived) -> None:
+    with connect(made.server.dsn()) as connection:
+        connection.execute(
+            "create table r as select sha512(i::text::bytea) from generate_series(1, 400000) i"
+        )
+
+    def give_up(_: object) -> None:
+        # More than one request to end must not break off the removal that the first began.
+        workers = workers_of(os.getpid())
+        for _ in range(20):
+            for worker in workers:
+                worker.terminate()
+            time.sleep(0.001)
+        raise RefusedError("given up")
+
+    effort = Effort(wal_timeout=30, processes=2, data_directory=made.server.data_directory)
+    for _ in range(8):
+        with pytest.raises(RefusedError, match="given up"):
+            take_backup(made.repository, made.server.dsn(), progress=give_up, effort=effort)
+        assert [path for path in made.root.rglob("*") if path.name.startswith(".tmp-")] == []
     assert list(made.repository.storage.list("backups/")) == []
 
 

@@ -336,7 +336,8 @@ class PackWriter:
         self._storing.append(self._pack)
         self._pack = None
         while len(self._storing) > _STORING:
-            self._collect(self._storing.pop(0))
+            self._collect(self._storing[0])
+            del self._storing[0]
 
     def _collect(self, pack: _OpenPack) -> None:
         self._done.append(pack.wait())

@@ -18,7 +18,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,12 +163,27 @@ def _entries(orders: _Orders, reader: FileReader, out: _Lines) -> Iterator[Membe
         out.control(read=reader.bytes, path=batch[-1], more=True)
 
 
+@contextmanager
+def _may_be_ended() -> Iterator[None]:
+    """Let SIGTERM end the work in the block, once: a second one must not break off what cleans up after it."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _work(orders: _Orders, out: _Lines) -> None:
     job = orders.job()
     repository = Repository.open(open_storage(job.storage), recipients=job.recipients)
     check = PageCheck(job.checksums, block_bytes=job.block_bytes)
     reader = FileReader(Path(job.data_directory), digests=job.digests)
-    with PackWriter(
+    packer = PackWriter(
         repository,
         lambda number: f"{job.folder}pack-{number:05d}.tar",
         index=out,
@@ -177,7 +192,8 @@ def _work(orders: _Orders, out: _Lines) -> None:
         workers=2,
         first=job.first,
         step=job.step,
-    ) as writer:
+    )
+    with packer as writer, _may_be_ended():
         writer.write(_entries(orders, reader, out))
         packs = writer.finish()
     for one in check.suspects:
@@ -186,8 +202,6 @@ def _work(orders: _Orders, out: _Lines) -> None:
 
 
 def main() -> None:
-    # Whoever gives the backup up lets us remove the file that we were writing.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = _Lines(1)
     try:
         _work(_Orders(), out)
