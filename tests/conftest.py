@@ -16,6 +16,7 @@ from fix_server import (
     shared_folder,
     templates,
 )
+from fix_standby import standby_of
 
 __all__ = [
     "every_version",
@@ -26,6 +27,7 @@ __all__ = [
     "s3_proxy",
     "s3_server",
     "shared_folder",
+    "standby_of",
     "templates",
 ]
 

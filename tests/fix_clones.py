@@ -60,9 +60,15 @@ class Protected:
 
 @contextmanager
 def protected(
-    server: LocalServer, folder: Path, partial_every: float = 3600, **keys: tuple[str, ...]
+    server: LocalServer,
+    folder: Path,
+    partial_every: float = 3600,
+    dsn: str | None = None,
+    **keys: tuple[str, ...],
 ) -> Iterator[Protected]:
     """Protect a running server; its table t is there, and empty. `keys` are the repository's, if any.
+
+    The receiver follows `dsn`, where it is given.
 
     Partial segments are stored by `flush` only, unless asked for, so that none is replaced while a test reads it.
     """
@@ -73,7 +79,7 @@ def protected(
     repository = new_repository(server, folder / "repository", **keys)
     receiver = Receiver(
         repository,
-        server.dsn(),
+        dsn or server.dsn(),
         folder / "receiver",
         programs=server.programs,
         partial_every=partial_every,

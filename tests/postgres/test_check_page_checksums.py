@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from fix_checks import SHOP, check, found, path_of, silent, sql, writers
+from fix_checks import SHOP, check, found, path_of, silent, sql, subject_of, writers
+from fix_standby import caught_up, either, promote
 from knockwood.drill import faults
+from knockwood.errors import HostError
 from knockwood.host import processes
+from knockwood.integrity.relation_files import data_files
 from knockwood.model import Severity, Verdict
+from knockwood.postgres.connection import connect, current_insert_lsn, with_words
+from knockwood.postgres.server import LocalServer
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -119,3 +126,24 @@ def test_many_bad_pages_of_one_file_become_one_finding(new_server: ServerFactory
             faults.bit_flip(folder, path, block)
     [finding] = found(server, NAME)
     assert finding.evidence["blocks"] == list(range(300))
+
+
+def test_files_of_a_primary_that_was_replaced_meanwhile_tell_nothing(
+    new_server: ServerFactory, standby_of: Callable[[LocalServer], LocalServer]
+) -> None:
+    primary = new_server(18)
+    standby = standby_of(primary)
+    # The role may not see where the server's files lie, and both were started at about the same time.
+    sql(primary, "create role plain login")
+    with connect(primary.dsn()) as connection:
+        caught_up(standby, current_insert_lsn(connection))
+    subject = replace(subject_of(primary), dsn=with_words(either(primary, standby), user="plain"))
+
+    def take_over() -> None:
+        primary.kill()
+        promote(standby)
+
+    with pytest.raises(HostError, match="another server"), data_files(subject):
+        take_over()
+    with pytest.raises(HostError, match="another server"), data_files(subject):
+        pass

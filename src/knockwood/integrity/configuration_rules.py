@@ -10,7 +10,7 @@ from typing import Final
 
 from knockwood.model import Severity
 
-CRITICAL, HIGH = Severity.CRITICAL, Severity.HIGH
+CRITICAL, HIGH, MEDIUM = Severity.CRITICAL, Severity.HIGH, Severity.MEDIUM
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +190,19 @@ QUERIES: Final = (
         HIGH,
         "if it takes over, it serves the past until the delay is replayed",
         "never fail over to it; RESET recovery_min_apply_delay otherwise",
+    ),
+    QueryRule(
+        "no_wal_kept_for_a_promotion",
+        b"""select 'wal_keep_size is 0, and WAL is streamed to standby ' || application_name
+            from pg_catalog.pg_stat_replication
+            where pg_catalog.current_setting('wal_keep_size') in ('0', '0MB')
+              and pg_catalog.current_setting('archive_mode') = 'off'
+              and replay_lsn is not null -- who only receives reports none
+            order by application_name""",
+        MEDIUM,
+        "a standby has no slot of the receiver: right after its promotion it may remove WAL that the archive"
+        " lacks, and nothing after it can be restored until there is a new base backup",
+        "wal_keep_size = '1GB' on every server that may be promoted",
     ),
     QueryRule(
         "published_without_identity",

@@ -39,8 +39,8 @@ from knockwood.integrity.fingerprint import (
 )
 from knockwood.integrity.run import reason_of
 from knockwood.integrity.tables import Sequence, Table, open_pinned, sequences_of, tables_of
-from knockwood.model import Lsn
-from knockwood.postgres.connection import Connection, current_insert_lsn, translated
+from knockwood.model import Lsn, Timeline
+from knockwood.postgres.connection import Connection, current_insert_lsn, server_facts, translated
 from knockwood.postgres.replication import ReplicationConnection
 
 Method = Literal["exact", "versions"]
@@ -89,11 +89,12 @@ class DatabaseState:
 
 @dataclass(frozen=True, slots=True)
 class PrimaryState:
-    """What a copy must hold that was replayed to `lsn`: all commits whose record starts before it, and no
-    commit from there on. `seconds` is what hashing took; `skipped` are databases that could not be read.
-    `mark` lies just before the record of a commit of our own: whatever ends before it is too short."""
+    """What a copy must hold that was replayed to `lsn` of `timeline`: all commits whose record starts before
+    it, and no commit from there on. `seconds` is what hashing took; `skipped` are databases that could not be
+    read. `mark` lies just before the record of a commit of our own: whatever ends before it is too short."""
 
     lsn: Lsn
+    timeline: Timeline
     databases: tuple[DatabaseState, ...]
     taken_at: datetime
     seconds: float
@@ -132,7 +133,8 @@ def primary_state(
     never makes a slot, `method="exact"` raises PostgresError where it cannot. Writes one empty
     transaction, so that the WAL has a commit after everything the snapshots see. The snapshots are
     held only while hashing; `on_mark` is told the position before that begins. Raises ServerDownError and
-    its like; a database that cannot be read is in `skipped`.
+    its like, PostgresError where the server was restarted or another took its place meanwhile; a database
+    that cannot be read is in `skipped`.
     """
     with ExitStack() as stack:
         main = stack.enter_context(open_pinned(dsn, None))
@@ -168,7 +170,9 @@ def primary_state(
             on_mark(lsn)
         started = clock.monotonic()
         states = tuple(_fingerprint(dsn, database, workers, progress) for database in held)
-        return PrimaryState(lsn, states, clock.now(), clock.monotonic() - started, skipped, mark)
+        # That this session still lives says that all was read from one server.
+        timeline = server_facts(main).timeline
+        return PrimaryState(lsn, timeline, states, clock.now(), clock.monotonic() - started, skipped, mark)
 
 
 def _mark(connection: Connection) -> tuple[Lsn, Lsn | None]:

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from knockwood.errors import HostError, MissingPrivilegeError, PostgresError, UnsupportedVersionError
+from knockwood.host import clock
 from knockwood.host import files as host_files
 from knockwood.integrity.check import Subject
-from knockwood.postgres.connection import Connection, translated
+from knockwood.model import Lsn
+from knockwood.postgres.connection import Connection, ServerFacts, server_facts, translated
+from knockwood.postgres.control_file import read_control_file
 from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES
 
 GLOBAL_TABLESPACE: Final = 1664
 DEFAULT_TABLESPACE: Final = 1663
+
+_TRIES: Final = 5
 
 _NAME = re.compile(r"(\d+)(?:_(fsm|vm|init))?(?:\.(\d+))?\Z")
 _FOLDER = re.compile(r"(?:global|base/(\d+)|pg_tblspc/(\d+)/PG_[^/]+/(\d+))\Z")
@@ -224,13 +229,15 @@ class ServerFiles:
 def data_files(subject: Subject) -> Iterator[DataFiles]:
     """The server's files, the local way where the data directory is known, else over SQL.
 
-    Raises HostError if the data directory is not this server's or cannot be read, MissingPrivilegeError
-    if there is no local reach and the role may not read files over SQL.
+    Raises HostError if the data directory is not this server's (at the beginning, or any more at the end) or
+    cannot be read, MissingPrivilegeError if there is no local reach and the role may not read files over SQL.
     """
     _require_usual_layout(subject)
     if subject.data_directory is not None:
         require_own_folder(subject, subject.data_directory)
         yield LocalFiles(subject.data_directory)
+        # A standby that took the server's place meanwhile has other files than those that were read.
+        require_own_folder(subject, subject.data_directory)
         return
     with subject.connect() as connection:
         try:
@@ -265,12 +272,32 @@ def require_own_folder(subject: Subject, folder: Path) -> None:
     """Raise HostError unless `folder` is the data directory of the very server that `subject` connects to.
 
     The system identifier alone would not do: a clone has its primary's. So the start time and the folder
-    (as the server itself sees it) that the postmaster wrote down must also be those that the server tells.
+    (as the server itself sees it) that the postmaster wrote down must also be those that the server tells,
+    now, and the last checkpoint the same: another server may have taken this one's place.
     """
+    with subject.connect() as connection:
+        facts = server_facts(connection)
+        with translated():
+            row = connection.execute(
+                "select extract(epoch from pg_catalog.pg_postmaster_start_time())::float8"
+            ).fetchone()
+        told = float(row[0]) if row else 0.0
+        written, started = _of_the_postmaster(folder)
+        elsewhere = facts.data_directory is not None and str(facts.data_directory) != written
+        if elsewhere or abs(told - started) > 5 or not _same_control_file(connection, facts, folder):
+            raise HostError(
+                "the data directory belongs to another server than the one connected to",
+                where=str(folder),
+                hint="do dsn and data_directory in the settings name the same server? One that was promoted"
+                " just now tells after its next checkpoint",
+            )
+
+
+def _of_the_postmaster(folder: Path) -> tuple[str, int]:
+    """The data directory and the time of the start that the postmaster wrote down."""
     try:
-        system = int.from_bytes((folder / "global" / "pg_control").read_bytes()[:8], "little")
         lines = (folder / "postmaster.pid").read_text().splitlines()
-        written, started = lines[1], int(lines[2])
+        return lines[1], int(lines[2])
     except OSError as error:
         reason = os.strerror(error.errno or errno.EIO).lower()
         raise HostError(
@@ -280,15 +307,21 @@ def require_own_folder(subject: Subject, folder: Path) -> None:
         ) from error
     except (IndexError, ValueError) as error:
         raise HostError("postmaster.pid cannot be understood", where=str(folder)) from error
-    with subject.connect() as connection, translated():
-        row = connection.execute(
-            "select extract(epoch from pg_catalog.pg_postmaster_start_time())::float8"
-        ).fetchone()
-    told = float(row[0]) if row else 0.0
-    elsewhere = subject.facts.data_directory is not None and str(subject.facts.data_directory) != written
-    if system != subject.facts.system_identifier or abs(told - started) > 5 or elsewhere:
-        raise HostError(
-            "the data directory belongs to another server than the one connected to",
-            where=str(folder),
-            hint="do dsn and data_directory in the settings name the same server?",
-        )
+
+
+def _same_control_file(connection: Connection, facts: ServerFacts, folder: Path) -> bool:
+    """Whether the file says what the server says; asked again where a checkpoint may have come between."""
+    for _ in range(_TRIES):
+        with translated():
+            row = connection.execute(
+                "select redo_lsn::text, timeline_id from pg_catalog.pg_control_checkpoint()"
+            ).fetchone()
+        control = read_control_file(folder)
+        if control.system_identifier != facts.system_identifier:
+            return False
+        # Right after a promotion only the timeline that is written to differs from the former primary's.
+        told = (Lsn.parse(row[0]), row[1], facts.timeline) if row is not None else None
+        if told == (control.redo, control.timeline, control.timeline):
+            return True
+        clock.sleep(0.1)
+    return False

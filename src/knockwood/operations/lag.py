@@ -11,10 +11,11 @@ from knockwood.errors import KnockwoodError
 from knockwood.host import clock, privileges
 from knockwood.model import Lsn, Timeline
 from knockwood.postgres.binaries import Programs
-from knockwood.postgres.connection import ServerFacts, connect, translated
+from knockwood.postgres.connection import ServerFacts, connect, server_facts, translated
 from knockwood.postgres.waldump import walk
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.repository import Repository
+from knockwood.repository.route import newest_holding
 
 POLL: Final = 0.1
 """Seconds between two looks at the archive."""
@@ -47,7 +48,9 @@ class ArchiveWatch:
         archive = WalArchive(self.repository)
         try:
             while clock.monotonic() - started < self.timeout:
-                self.reached = archive.inventory().end_from(self.timeline, self.start)
+                stock = archive.inventory()
+                timeline = newest_holding(stock, self.timeline, self.lsn or Lsn(0))
+                self.reached = stock.end_from(timeline, self.start)
                 if self.lsn is not None and self.reached >= self.lsn:
                     self.seconds = clock.monotonic() - started
                     return
@@ -68,7 +71,7 @@ def commits_of(
 ) -> int | None:
     """A server's commits from `start` up to `end`, from its files or through SQL; None if by neither."""
     found = commits_between(programs, data_directory, facts, start, end) if data_directory else None
-    return commits_by_sql(dsn, start, end) if found is None else found
+    return commits_by_sql(dsn, facts.timeline, start, end) if found is None else found
 
 
 def commits_between(
@@ -96,11 +99,13 @@ def commits_between(
     return sum(start <= commit.lsn < end for commit in found.commits)
 
 
-def commits_by_sql(dsn: str, start: Lsn, end: Lsn) -> int | None:
+def commits_by_sql(dsn: str, timeline: Timeline, start: Lsn, end: Lsn) -> int | None:
     """The same, asked of the server; None where it lacks the extension pg_walinspect (15+), the role the
-    right to use it, or the server that WAL."""
+    right to use it, or the server that WAL, as one does that was promoted meanwhile."""
     try:
         with connect(dsn) as connection, translated():
+            if server_facts(connection).timeline != timeline:
+                return None
             row = connection.execute(
                 "select pg_catalog.quote_ident(n.nspname) from pg_catalog.pg_extension e"
                 " join pg_catalog.pg_namespace n on n.oid = e.extnamespace where e.extname = 'pg_walinspect'"

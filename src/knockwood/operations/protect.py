@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from knockwood.errors import LockHeldError
 from knockwood.history.follow import following
@@ -23,6 +23,9 @@ from knockwood.repository.repository import Repository
 # What takes backups is imported where one is taken: `wal push` runs once per segment, and restores receive too.
 if TYPE_CHECKING:
     from knockwood.repository.backups.take import OnProgress
+
+_SLOT_PATIENCE: Final = 15.0
+"""Seconds that a standing receiver may take to make its slot on a server that was just promoted."""
 
 OnEvent = Callable[[ReceiverEvent], None]
 
@@ -50,9 +53,17 @@ def receive_forever(cluster: Cluster, on_event: OnEvent, stop: threading.Event, 
     Raises LockHeldError if another receiver is still at work after `wait` seconds.
     """
     repository = cluster.repository()
-    _passing(cluster, repository).forget()
+    passing = _passing(cluster, repository)
+    passing.forget()
     deadline = clock.monotonic() + wait
-    with _index_follows(cluster, repository, on_event) as seen:
+
+    def told(event: ReceiverEvent) -> None:
+        if event.kind is EventKind.STREAMING:
+            # On a server that was just promoted a passing command may have meant to make the slot.
+            passing.forget()
+        on_event(event)
+
+    with _index_follows(cluster, repository, told) as seen:
         while not stop.is_set():
             try:
                 receiver(cluster, repository, seen).run(stop)
@@ -119,6 +130,7 @@ def wal_arriving(
                 stack.enter_context(receive.receiving(receiver(cluster, repository)))
             except LockHeldError:
                 had_slot = True  # another process receives; the slot is its own
+                _await_slot(cluster)
             yield
         finally:
             stack.close()
@@ -148,6 +160,14 @@ def _drop_slot(cluster: Cluster, repository: Repository, passing: PassingSlot) -
 def _has_slot(cluster: Cluster) -> bool:
     with connect(cluster.dsn) as connection:
         return receive_server.find_slot(connection, cluster.settings.wal.slot) is not None
+
+
+def _await_slot(cluster: Cluster) -> None:
+    """Wait for the slot of the receiver that is at work: right after a promotion there is none yet, and the
+    checkpoint of a backup would remove WAL that the receiver is about to ask for."""
+    deadline = clock.monotonic() + _SLOT_PATIENCE
+    while not _has_slot(cluster) and clock.monotonic() < deadline:
+        clock.sleep(0.1)
 
 
 def _pushes(cluster: Cluster) -> bool:

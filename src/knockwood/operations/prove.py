@@ -38,9 +38,11 @@ from knockwood.operations.proof_claims import backup_health, some, verified
 from knockwood.operations.proof_pages import COMPARED, store
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import ServerFacts, connect, server_facts, translated
+from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.repository import Repository
+from knockwood.repository.route import newest_holding
 from knockwood.repository.targets import Latest, RestorePlan, Target, ToLsn, resolve
 
 _ATTEMPTS: Final = 8
@@ -212,6 +214,9 @@ class _Run:
         except PostgresError as error:
             self.why_no_primary = f"the primary cannot be read: {error}"
             return None
+        if state.timeline != facts.timeline:
+            self.why_no_primary = "another server became the primary meanwhile"
+            return None
         self.tell(Step("wait for the archive", current=str(state.lsn)))
         archive.wait()
         self.facts, self.arrived = facts, archive.seconds
@@ -273,10 +278,13 @@ class _Run:
     def _plan_once(self, state: PrimaryState | None) -> RestorePlan:
         # A commit record that begins at the position itself is not part of it.
         target = ToLsn(Lsn(state.lsn.value - 1)) if state else self.options.target
+        # A timeline that was forked before the position holds other rows there.
+        stock = WalArchive(self.repository).inventory() if state else None
         return resolve(
             self.repository,
             target,
             backup=self.options.backup,
+            timeline=newest_holding(stock, state.timeline, state.lsn) if state and stock else None,
             accept_loss=True,
             prefer_proved=False,
             programs_for=self.options.programs_for,

@@ -153,7 +153,11 @@ class ServerFacts:
 _FACTS = """
 select pg_catalog.current_setting('server_version_num')::int,
        (select system_identifier from pg_catalog.pg_control_system()),
-       (select timeline_id from pg_catalog.pg_control_checkpoint()),
+       case when pg_catalog.pg_is_in_recovery()
+            then (select timeline_id from pg_catalog.pg_control_checkpoint())
+            -- Right after a promotion the control file still tells the old one.
+            else ('x' || substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8))::bit(32)::int
+            end,
        pg_catalog.pg_is_in_recovery(),
        pg_catalog.pg_size_bytes(pg_catalog.current_setting('wal_segment_size')),
        pg_catalog.current_setting('data_checksums') = 'on',

@@ -28,6 +28,10 @@ from knockwood.repository.spool_upload import Uploader
 
 _STALLED = 60.0
 
+_LONGEST_PAUSE = 1.0
+"""Seconds between attempts to connect. A standby that was just promoted has no slot of ours: each of its
+checkpoints may remove WAL that we lack."""
+
 
 @dataclass
 class Streaming:
@@ -47,7 +51,7 @@ class Streaming:
     _stream: Stream | None = None
     _watch: Connection | None = None
     _looked_at_archive: bool = False
-    _retry: Retry = field(default_factory=Retry)
+    _retry: Retry = field(default_factory=lambda: Retry(_LONGEST_PAUSE))
     _watch_due: float = 0.0
     _moved: tuple[Lsn, float] = (Lsn(0), 0.0)
 

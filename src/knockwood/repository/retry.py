@@ -9,9 +9,10 @@ _LONGEST_PAUSE = 15.0
 
 
 class Retry:
-    """When to try again after failures: soon at first, then less often."""
+    """When to try again after failures: soon at first, then less often, at most `longest` seconds apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: float = _LONGEST_PAUSE) -> None:
+        self._longest = longest
         self._at = 0.0
         self._pause = 0.0
         self._last = ""
@@ -21,7 +22,7 @@ class Retry:
 
     def failed(self, reason: str) -> bool:
         """Note a failure; True if it is another one than the last."""
-        self._pause = min(_LONGEST_PAUSE, max(_FIRST_PAUSE, self._pause * 2))
+        self._pause = min(self._longest, max(_FIRST_PAUSE, self._pause * 2))
         self._at = clock.monotonic() + self._pause
         new, self._last = reason != self._last, reason
         return new

@@ -203,6 +203,15 @@ class Route:
         return on_route and piece is not None and piece[0] == damage.segment
 
 
+def newest_holding(inventory: ArchiveInventory, timeline: Timeline, lsn: Lsn) -> Timeline:
+    """The newest timeline that went on from `timeline` at `lsn` or later; `timeline` itself if none did.
+
+    After a promotion it is often the only one whose WAL reaches the archive, that before it included.
+    """
+    later = sorted((other for other in inventory.histories if other > timeline), reverse=True)
+    return next((other for other in later if Route(inventory, other).holds(timeline, lsn)), timeline)
+
+
 def record_floor(lsn: Lsn, segment_bytes: int) -> Lsn:
     """The page's start where `lsn` lies in or right after its header: no record can begin before that.
 

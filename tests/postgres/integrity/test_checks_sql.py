@@ -12,8 +12,10 @@ import psycopg
 import pytest
 
 from fix_checks import found, silent, subject_of
+from fix_clones import protected
 from fix_copy import Copies, writers
 from fix_server import ServerFactory
+from fix_standby import caught_up
 from knockwood.host import privileges
 from knockwood.integrity.check import Invariant, Role
 from knockwood.integrity.compare import compare
@@ -21,6 +23,7 @@ from knockwood.integrity.primary_state import primary_state
 from knockwood.integrity.run import run_checks
 from knockwood.model import Finding, Lsn, Severity, Verdict
 from knockwood.postgres.binaries import Programs
+from knockwood.postgres.connection import connect, current_insert_lsn
 from knockwood.postgres.server import LocalServer
 
 ODD = 'Odd "db" %s'
@@ -383,6 +386,25 @@ def test_dangerous_settings_are_found(new_server: ServerFactory) -> None:
     keys = {finding.location.key for finding in found(server, "configuration")}
     assert keys >= {"fsync", "full_page_writes", "track_counts", "autovacuum", "zero_damaged_pages"}
     assert keys >= {"no_archiving", "published_without_identity"}
+
+
+def test_a_standby_that_may_drop_wal_when_it_is_promoted_is_found(
+    new_server: ServerFactory, standby_of: Callable[[LocalServer], LocalServer], shared_folder: Path
+) -> None:
+    def told(server: LocalServer) -> bool:
+        keys = {finding.location.key for finding in found(server, "configuration")}
+        return "no_wal_kept_for_a_promotion" in keys
+
+    server = new_server(18, segment_megabytes=1, full_page_writes="off")
+    with protected(server, shared_folder / "kept-wal"):
+        assert not told(server)  # a receiver alone
+    standby = standby_of(server)
+    with connect(server.dsn()) as connection:
+        caught_up(standby, current_insert_lsn(connection))
+    assert told(server)
+    execute(server, "alter system set wal_keep_size = '64MB'", "postgres")
+    execute(server, "select pg_reload_conf()", "postgres")
+    assert not told(server)
 
 
 def test_wal_archive_without_repository_still_looks_at_the_server(new_server: ServerFactory) -> None:

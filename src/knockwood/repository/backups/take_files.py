@@ -60,6 +60,9 @@ def why_not(dsn: str, data_directory: Path) -> str | None:
         _must_be(control, facts, data_directory)
     except KnockwoodError as error:
         return error.what
+    if control.timeline != facts.timeline:
+        # A former primary that was killed still calls itself in production.
+        return f"the data directory is on timeline {control.timeline}, the server on {facts.timeline}"
     return None
 
 
