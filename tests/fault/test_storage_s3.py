@@ -52,7 +52,7 @@ def test_a_passing_failure_passes(storage: ObjectStorage, s3_proxy: Proxy, what:
     assert storage.info("a") is not None
 
 
-@pytest.mark.parametrize("what", [500, 503, "reset"])
+@pytest.mark.parametrize("what", [500, 503, "reset", "hang"])
 def test_a_lasting_failure_is_unavailable_and_leaves_nothing(
     storage: ObjectStorage, s3_proxy: Proxy, what: object
 ) -> None:
