@@ -265,6 +265,68 @@ def test_two_pages_of_a_table_that_the_archive_has_lost_too(new_server: ServerFa
         assert site.sql(f"set enable_seqscan = off; {told}") == "changed,since,changed,since"
 
 
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("version", [15, 18])
+def test_a_zeroed_page_that_was_taken_for_a_free_one(
+    new_server: ServerFactory, version: int, changed: bool
+) -> None:
+    """VACUUM notes it as free and somebody fills it: all three places agree, and the rows are gone."""
+    server = new_server(version)
+    with site_of(server) as site:
+        # Eight rows fill a page to the last bytes, so that the free space map knows of none.
+        site.sql(
+            "create table account (id int primary key, name text); alter table account alter name set storage plain;"
+            "insert into account select i, rpad(i::text, 984, ' name') from generate_series(1, 80) i;"
+            "alter table account set (autovacuum_enabled = off)"
+        )
+        take(site.cluster, site.repository)
+        account = site.path("account")
+        if changed:
+            site.sql(
+                "update account set name = rpad('changed', 100) where id = (select min(id) from account"
+                " where ctid >= '(2,0)')"
+            )
+        expected = site.sql("select string_agg(a::text, ',' order by id) from account a")
+        site.sql("checkpoint")
+        site.settle()
+        site.damage(account, 2, bytes(8192))
+        site.sql("vacuum (disable_page_skipping, index_cleanup off) account")
+        site.sql("insert into account select i, repeat('since', 400) from generate_series(1001, 1003) i")
+        slowly = "set enable_indexscan = off; set enable_bitmapscan = off; set enable_indexonlyscan = off;"
+        assert site.sql(f"{slowly} select max(ctid)::text from account where id > 1000").startswith("(2,")
+        site.settle()
+        plan = site.plan((account, 2))
+        assert [step.kind for step in plan.steps] == ["rebuild-maps", "replace-rows"], plan.as_json()
+        assert "all rows of block 2" in plan.steps[1].title
+        mend(site, plan)
+        since = ",".join(f"({number},{'since' * 400})" for number in range(1001, 1004))
+        for how in (slowly, "set enable_seqscan = off;"):
+            now = site.sql(f"{how} select string_agg(a::text, ',' order by id) from account a")
+            assert now == f"{expected},{since}"
+        assert site.execute(plan).results[-1].outcome is Outcome.ALREADY_DONE
+
+
+def test_a_page_that_vacuum_has_freed_is_sound(new_server: ServerFactory) -> None:
+    server = new_server(18)
+    with site_of(server) as site:
+        site.sql(
+            "create table account (id int primary key, name text);"
+            "insert into account select i, i || repeat(' name', 40) from generate_series(1, 300) i;"
+            "alter table account set (autovacuum_enabled = off)"
+        )
+        take(site.cluster, site.repository)
+        account = site.path("account")
+        site.sql("delete from account where ctid >= '(2,0)' and ctid < '(3,0)'")
+        site.sql("vacuum account")
+        site.sql("insert into account values (1001, repeat('since', 400))")
+        assert site.sql("select ctid::text from account where id = 1001") == "(2,1)"
+        site.settle()
+        records = wal_of(site, "public.account", 2)[2].records
+        assert "Heap INSERT+INIT" in [record.kind for record in records]
+        plan = site.plan((account, 2))
+        assert (plan.steps, plan.refused) == ((), ())
+
+
 def test_pages_last_written_before_the_backup(new_server: ServerFactory) -> None:
     """The change that a page lacks is older than every backup: the backup's page counts, but only if it holds
     the change. A page that no backup proves hinders no other."""

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,12 +232,12 @@ class _Rows(_OnItsOwn):
         true: dict[Key, Row] = {}
         stops: list[tuple[Lsn, bool, Mapping[str, Any]]] = []
         for damage in words["damages"]:
-            stops += [
-                (Lsn.parse(damage["lost"][0]), False, damage),
-                (Lsn.parse(damage["first_after"]), True, damage),
-            ]
+            # On a page that was emptied nothing is left of what was there before.
+            if not damage.get("emptied"):
+                stops.append((Lsn.parse(damage["lost"][0]), False, damage))
+            stops.append((Lsn.parse(damage["first_after"]), True, damage))
         stops.sort(key=lambda stop: stop[:2])
-        before: dict[int, dict[Key, Row]] = {}
+        before: dict[int, dict[Key, Row]] = defaultdict(dict)
         with self.context.clone_at(
             words["backup"], target, lambda plan: just_before(plan, stops[0][0])
         ) as clone:

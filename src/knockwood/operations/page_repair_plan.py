@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from knockwood.errors import KnockwoodError, ObjectMissingError
@@ -31,10 +31,11 @@ from knockwood.recover.indexes import index_named
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_session import Session, session
 from knockwood.recover.pages_write import Looked, look
-from knockwood.recover.plan.pages import Poison, Procedure
+from knockwood.recover.plan.pages import Poison, Procedure, find_begun_anew, held_rows
 from knockwood.recover.rows import shape_of
 from knockwood.repository.backups.listing import list_backups
-from knockwood.repository.backups.model import Backup
+from knockwood.repository.backups.model import Backup, chain
+from knockwood.repository.backups.partial import read_blocks
 from knockwood.repository.backups.proofs import read_proofs, trusted
 from knockwood.repository.repository import Repository
 
@@ -202,6 +203,7 @@ class _Planning:
                 told = {ref.block: known[ref].lsn for ref in some}
                 beyond = {block: lsn for block, lsn in told.items() if lsn is not None}
                 looked = look(tools, target, sorted(told), choices[name][0].start_lsn, beyond=beyond)
+                looked = self._begun_anew(tools, target, looked, choices[name][0])
                 self._judged(tools, target, looked, choices[name], some, beyond)
 
     def _backups(self, seen: Seen) -> list[Backup]:
@@ -226,6 +228,25 @@ class _Planning:
                 hint="take one with `knockwood backup`",
             )
         return [each for each in reversed(known) if each.timeline == known[-1].timeline][: 1 + _OLDER]
+
+    def _begun_anew(self, tools: Session, target: Target, seen: Looked, backup: Backup) -> Looked:
+        """Judge again, with what the backup holds, pages that the WAL alone calls sound but that it began anew:
+        were there rows before, then the page had been zeroed."""
+        begun = {
+            block: poison.first_after
+            for block in seen.blocks(Procedure.NOTHING)
+            if (poison := find_begun_anew(seen.wal[block].records, held=True)) is not None
+        }
+        if not begun:
+            return seen
+        older = chain(list_backups(self.repository), backup.id)[:-1]
+        images = read_blocks(self.repository, backup, target.path, begun, older)
+        held = [block for block, lsn in begun.items() if block in images and held_rows(images[block], lsn)]
+        known = {block: replace(seen.wal[block], held=True) for block in held}
+        again = look(tools, target, held, backup.start_lsn, known) if held else seen
+        return replace(
+            seen, judgements={**seen.judgements, **again.judgements}, wal={**seen.wal, **again.wal}
+        )
 
     def _judged(
         self,
@@ -266,16 +287,19 @@ class _Planning:
             assert poison is not None
             try:
                 shape_of(tools.connection, target)
-                if not any(each.stop_lsn <= poison.lost[0] for each in known):
-                    raise ObjectMissingError(f"there is no base backup from before {poison.lost[0]}")
+                if not any(each.stop_lsn <= _last_good(poison) for each in known):
+                    raise ObjectMissingError(f"there is no base backup from before {_last_good(poison)}")
             except KnockwoodError as error:
                 self.refused.append(f"{target.name} block {block}: {error}")
                 continue
             poisons[block] = poison
         if poisons:
-            first = min(poison.lost[0] for poison in poisons.values())
+            first = min(_last_good(poison) for poison in poisons.values())
             usable = [each for each in known if each.stop_lsn <= first]
             self.steps.append(rows_step(target, poisons, usable[-1]))
+            if any(poison.emptied for poison in poisons.values()):
+                # The map may call the page all visible still: who filled it saw no such page.
+                self.steps.append(map_step(target, "vm", []))
         return list(poisons)
 
     def _trusted(self) -> list[Backup]:
@@ -325,6 +349,11 @@ class _Planning:
             self.steps.append(step)
         if finding is not None:
             self.covered.add(PageRef(ref.file, 0))
+
+
+def _last_good(poison: Poison) -> Lsn:
+    """Where the page still had all that has to be brought over as it was then."""
+    return poison.lost[0] if poison.lost else poison.first_after
 
 
 def _about_map(item: Finding | PageRef) -> bool:

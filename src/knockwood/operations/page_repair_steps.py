@@ -107,7 +107,11 @@ def page_step(
 
 def rows_step(target: Target, poisons: Mapping[int, Poison], backup: Backup) -> Step:
     """Lost changes of the blocks of one table, as rows: all in one transaction."""
-    lost = sum(len(poison.lost) for poison in poisons.values())
+    emptied = [block for block, poison in poisons.items() if poison.emptied]
+    lost = sum(len(poison.lost) for poison in poisons.values() if not poison.emptied)
+    rest = [block for block in poisons if block not in emptied]
+    what = [f"all rows of {_blocks(emptied)}"] if emptied else []
+    what += [f"the rows of {lost} lost changes to {_blocks(rest)}"] if rest else []
     damages = [
         {
             "block": block,
@@ -115,12 +119,13 @@ def rows_step(target: Target, poisons: Mapping[int, Poison], backup: Backup) -> 
             "stale_lsn": str(poison.stale_lsn),
             "lost": [str(lsn) for lsn in poison.lost],
             "xids": list(poison.xids),
+            "emptied": poison.emptied,
         }
         for block, poison in sorted(poisons.items())
     ]
     return Step(
         ROWS,
-        f"bring over the rows of {lost} lost changes to {_blocks(poisons)} of {target.name}",
+        f"bring over {' and '.join(what)} of {target.name}",
         _base(target)
         | {
             "blocks": sorted(poisons),

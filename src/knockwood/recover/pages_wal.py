@@ -82,12 +82,14 @@ class _Taker:
                     continue
                 start, total = Lsn(parse_lsn(lsn)), int(size)
                 has_image = bool(image)
+                # An update begins the page of the new version anew (reference 0), not that of the old one.
+                done = kind if number == b"0" else kind.removesuffix(b"+INIT")
                 inner = self._wal.image_lsn(start, total, int(number)) if has_image else None
                 records.append(
                     BlockRecord(
                         start,
                         record_end(start, total, self._wal.segment_bytes),
-                        f"{rmgr.decode()} {kind.decode()}",
+                        f"{rmgr.decode()} {done.decode()}",
                         has_image,
                         inner,
                         int(xid),

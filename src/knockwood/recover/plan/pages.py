@@ -6,6 +6,7 @@ was. The damage is what they disagree on; the procedure follows from who is righ
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -19,6 +20,13 @@ FIRST_NORMAL_OID: Final = 16384
 """Relations with a lower oid are the catalogs and what initdb made (access/transam.h)."""
 
 HINT: Final = "XLOG FPI_FOR_HINT"
+_LEAVE_ROWS_ALONE: Final = frozenset({HINT, "Heap2 VISIBLE"})
+_MAY_FREE_ITEMS: Final = ("VACUUM", "XLOG FPI")
+"""Heap2 VACUUM, PRUNE_VACUUM_SCAN and PRUNE_VACUUM_CLEANUP, and what VACUUM logs of an empty page. Pruning on access
+(and all PRUNE before 17) leaves an item for each row that was a root."""
+_HEADER_BYTES: Final = 24
+_ITEM_BYTES: Final = 4
+
 READS: Final = frozenset({HINT, "Heap2 PRUNE_ON_ACCESS"})
 """Records that readers write: hints, and rows removed that were dead to all, which are as dead on the true page.
 (Before 17 the pruning of VACUUM, which goes on to remove index entries, has the same name: there it counts as a
@@ -107,7 +115,8 @@ class BlockRecord:
 class Poison:
     """The first record made from a page that had lost changes: a clone replayed past it is wrong too.
 
-    The changes `lost` were on the page once; what the page held instead ended at `stale_lsn` (0: zeroes).
+    The changes `lost` were on the page once; what the page held instead ended at `stale_lsn` (0: zeroes, so
+    that what was on it before these changes is lost too; then `lost` may be empty).
     """
 
     first_after: Lsn
@@ -115,13 +124,19 @@ class Poison:
     lost: tuple[Lsn, ...]
     xids: tuple[int, ...] = ()
 
+    @property
+    def emptied(self) -> bool:
+        """Whether all that was on the page is lost."""
+        return self.stale_lsn.value == 0
+
 
 @dataclass(frozen=True, slots=True)
 class WalFacts:
     """What the WAL from `since` up to `until` says of a block. `records` in order; `reason`: why not known.
 
     `beyond` is the start of a record that changed the block, known from elsewhere and perhaps older than
-    `since`: a page that is not beyond it lacks that change.
+    `since`: a page that is not beyond it lacks that change. `held`: whether the page is known to have had rows at
+    `since` (see `held_rows`).
     """
 
     known: bool
@@ -130,6 +145,7 @@ class WalFacts:
     until: Lsn = field(default_factory=lambda: Lsn(0))
     reason: str = ""
     beyond: Lsn | None = None
+    held: bool = False
 
     def gone_on(self, later: WalFacts, until: Lsn) -> WalFacts:
         """With what WAL read from `self.until` or before says, up to `until`."""
@@ -150,7 +166,8 @@ class WalFacts:
 
     @property
     def poison(self) -> Poison | None:
-        return find_poison(self.records, self.beyond)
+        found = (find_poison(self.records, self.beyond), find_begun_anew(self.records, held=self.held))
+        return min((each for each in found if each), key=lambda each: each.first_after, default=None)
 
     @property
     def unread_image(self) -> BlockRecord | None:
@@ -301,13 +318,18 @@ def _readable(disk: OnDisk, buffers: InBuffers, wal: WalFacts, server: ServerFac
             f"it had lost changes before the record at {poison.first_after}, and has lost some again: what was on it"
             " since cannot be told (a full backup after the first repair would tell)"
         )
+    if poison is not None and poison.emptied:
+        reason = (
+            f"the record at {poison.first_after} was made from zeroes, taken for an empty page:"
+            " all rows that were on it are lost on disk, and the archive went on without them"
+        )
+        return Judgement(PageClass.POISONED, Procedure.ROWS, reason)
     if poison is not None:
-        what = "zeroes" if poison.stale_lsn.value == 0 else f"an old page of {poison.stale_lsn}"
         return Judgement(
             PageClass.POISONED,
             Procedure.ROWS,
-            f"the record at {poison.first_after} was made from {what}; {len(poison.lost)} changes before it"
-            " are lost on disk and in the archive's image",
+            f"the record at {poison.first_after} was made from an old page of {poison.stale_lsn};"
+            f" {len(poison.lost)} changes before it are lost on disk and in the archive's image",
         )
     stale = disk.lsn is None or disk.lsn <= wal.newest
     if disk.state == "good" and wal.newest.value == 0:
@@ -397,6 +419,35 @@ def find_poison(records: Sequence[BlockRecord], beyond: Lsn | None = None) -> Po
         if record.kind != HINT:
             changes.append(record)
     return None
+
+
+def find_begun_anew(records: Sequence[BlockRecord], *, held: bool) -> Poison | None:
+    """The first record that began the page anew although rows were on it: it had been zeroed, and was taken for
+    a free one.
+
+    PostgreSQL logs an insertion with +INIT (heap_insert, heap_multi_insert, heap_update) where the row is the
+    page's first item and there is no other: on a new page, and on one whose items VACUUM has all freed. So no
+    change but one of those may come before it; `held` says that the page had rows before all of the records.
+    """
+    changes: list[BlockRecord] = []
+    rows_there = held
+    for record in records:
+        if record.kind.endswith("+INIT"):
+            if rows_there:
+                xids = sorted({change.xid for change in changes if change.xid})
+                return Poison(record.lsn, Lsn(0), tuple(change.lsn for change in changes), tuple(xids))
+            changes = []
+        if record.kind not in _LEAVE_ROWS_ALONE:
+            changes.append(record)
+            rows_there = not any(word in record.kind for word in _MAY_FREE_ITEMS)
+    return None
+
+
+def held_rows(image: bytes, until: Lsn) -> bool:
+    """Whether a heap page has items in use; False also for one of a change at `until` or later."""
+    upper, lower, end = struct.unpack_from("<II4xH", image)
+    items = struct.unpack_from(f"<{max(end - _HEADER_BYTES, 0) // _ITEM_BYTES}I", image, _HEADER_BYTES)
+    return upper << 32 | lower <= until.value and any(item >> 15 & 3 for item in items)
 
 
 def proves_newest(image_lsn: Lsn, wal: WalFacts) -> str | None:

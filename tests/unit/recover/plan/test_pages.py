@@ -23,7 +23,9 @@ from knockwood.recover.plan.pages import (
     ServerFactsForPages,
     WalFacts,
     classify,
+    find_begun_anew,
     find_poison,
+    held_rows,
     proves_newest,
     segment_of,
     segment_path,
@@ -196,6 +198,59 @@ def test_an_image_without_the_change_before_it_is_poison() -> None:
     # Two sessions may log the same hint at once.
     twice = chain((100, "Heap INSERT", None), (200, HINT, 150), (300, HINT, 150))
     assert find_poison(twice) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "held", "lost"),
+    [
+        ([], False, None),  # a new page
+        ([], True, ()),
+        (["Heap INSERT"], False, (100,)),
+        (["Heap INSERT", "Heap DELETE", "Heap2 VISIBLE"], False, (100, 110)),
+        (["Heap INSERT+INIT", "Heap DELETE", "Heap2 PRUNE_ON_ACCESS"], False, (100, 110, 120)),
+        (["Heap DELETE", "Heap2 PRUNE_ON_ACCESS"], True, (100, 110)),
+        (["Heap DELETE", "Heap2 PRUNE"], True, (100, 110)),
+        (["Heap2 VACUUM", "Heap INSERT+INIT", "Heap2 VACUUM"], True, None),
+        (["Heap DELETE", "Heap2 PRUNE_ON_ACCESS", "Heap2 PRUNE_VACUUM_CLEANUP", HINT], True, None),
+        (["Heap DELETE", "Heap2 VACUUM", "Heap2 VISIBLE"], True, None),
+        (["XLOG FPI"], True, None),
+        (["Heap2 VACUUM", "Heap INSERT"], True, (100, 110)),
+    ],
+)
+def test_a_page_with_rows_that_is_begun_anew_had_been_emptied(
+    before: list[str], held: bool, lost: tuple[int, ...] | None
+) -> None:
+    every = chain(*((100 + 10 * at, kind, None) for at, kind in enumerate([*before, "Heap INSERT+INIT"])))
+    found = find_begun_anew(every, held=held)
+    if lost is None:
+        assert found is None
+        return
+    assert found is not None
+    assert found.emptied
+    assert (found.first_after, found.lost) == (every[-1].lsn, tuple(map(Lsn, lost)))
+    wal = WalFacts(True, tuple(every), held=held)
+    judged = classify(OnDisk("good", Lsn(990)), ABSENT, wal, TABLE, SERVER)
+    assert (judged.damage, judged.procedure) == (PageClass.POISONED, Procedure.ROWS)
+    assert "taken for an empty page" in judged.reason
+    assert proves_newest(Lsn(990), wal) is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "of", "held"),
+    [
+        ((), 5, False),
+        ((0,), 5, False),
+        ((0, 0), 5, False),
+        ((0, 3), 5, True),
+        ((1,), 5, True),
+        ((1,), 9, False),
+    ],
+)
+def test_a_page_held_rows_if_an_item_is_in_use(flags: tuple[int, ...], of: int, held: bool) -> None:
+    items = b"".join((flag << 15 | 8000).to_bytes(4, "little") for flag in flags)
+    header = struct.pack("<IIHHHHHHI", 7, of, 0, 0, 24 + len(items), 8000, 8192, 8192 + 4, 0)
+    assert held_rows((header + items).ljust(8192, b"\0"), Lsn((7 << 32) + 8)) is held
+    assert not held_rows(bytes(8192), Lsn(8))
 
 
 def test_a_page_that_lost_changes_twice_is_refused() -> None:
