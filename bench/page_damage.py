@@ -36,7 +36,7 @@ from knockwood.postgres.connection import connect
 from knockwood.recover.execute import execute
 from knockwood.recover.indexes import verify_indexes
 from knockwood.recover.pages_facts import target_named
-from knockwood.recover.plan.pages import PAGE_BYTES
+from knockwood.recover.plan.page_wal import PAGE_BYTES
 from knockwood.repository.targets import Latest, resolve
 from machine import describe
 from sandbox import OUT, end_cleanly

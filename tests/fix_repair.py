@@ -22,7 +22,8 @@ from knockwood.postgres.connection import connect, translated
 from knockwood.postgres.server import LocalServer
 from knockwood.recover.execute import execute
 from knockwood.recover.pages_facts import Target, target_named
-from knockwood.recover.plan.pages import PAGE_BYTES, segment_of, segment_path
+from knockwood.recover.plan.page_wal import PAGE_BYTES
+from knockwood.recover.plan.pages import segment_of, segment_path
 from knockwood.repository.repository import Repository
 from knockwood.settings import ClusterSettings
 from knockwood.settings.schema import ProofSettings

@@ -21,7 +21,8 @@ from knockwood.recover.pages_cold import cold_images
 from knockwood.recover.pages_facts import flush_wal, target_named, wal_facts
 from knockwood.recover.pages_session import session
 from knockwood.recover.pages_write import look
-from knockwood.recover.plan.pages import PageClass, WalFacts
+from knockwood.recover.plan.page_wal import WalFacts
+from knockwood.recover.plan.pages import PageClass
 from knockwood.repository.backups.listing import list_backups
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from knockwood.recover.pages_cold import cold_images
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, good_images
 from knockwood.recover.pages_write import Images
-from knockwood.recover.plan.pages import WalFacts
+from knockwood.recover.plan.page_wal import WalFacts
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Progress, chain
 from knockwood.repository.plans import RestorePlan

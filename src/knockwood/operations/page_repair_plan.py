@@ -31,7 +31,8 @@ from knockwood.recover.indexes import index_named
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_session import Session, session
 from knockwood.recover.pages_write import Looked, look
-from knockwood.recover.plan.pages import Poison, Procedure, find_begun_anew, held_rows
+from knockwood.recover.plan.page_wal import Poison, find_begun_anew, held_rows
+from knockwood.recover.plan.pages import Procedure
 from knockwood.recover.rows import shape_of
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Backup, chain

@@ -10,7 +10,8 @@ from knockwood.model import Lsn
 from knockwood.model.recovery import Precondition, Step
 from knockwood.recover.indexes import Index
 from knockwood.recover.pages_facts import Target
-from knockwood.recover.plan.pages import Judgement, Poison, Procedure
+from knockwood.recover.plan.page_wal import Poison
+from knockwood.recover.plan.pages import Judgement, Procedure
 from knockwood.repository.backups.model import Backup
 
 REPAIR: Final = "repair-pages"

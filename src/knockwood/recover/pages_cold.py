@@ -17,7 +17,7 @@ from knockwood.postgres.walrefs import RelationEvent, relation_events
 from knockwood.recover import pages_facts as facts
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, doubt
-from knockwood.recover.plan.pages import WalFacts
+from knockwood.recover.plan.page_wal import WalFacts
 from knockwood.repository.backups.model import Backup
 from knockwood.repository.backups.partial import read_blocks
 from knockwood.repository.repository import Repository

@@ -18,15 +18,8 @@ from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, connect, translated, with_words
 from knockwood.postgres.pages import bad_pages, decode_header, fitting_blocks
 from knockwood.recover.pages_wal import Node, block_records
-from knockwood.recover.plan.pages import (
-    PAGE_BYTES,
-    BlockRecord,
-    OnDisk,
-    RelationFacts,
-    WalFacts,
-    segment_of,
-    segment_path,
-)
+from knockwood.recover.plan.page_wal import PAGE_BYTES, BlockRecord, WalFacts
+from knockwood.recover.plan.pages import OnDisk, RelationFacts, segment_of, segment_path
 
 NOTHING_KNOWN: Final[Mapping[int, Lsn]] = MappingProxyType({})
 _MOST_MATCHES: Final = 3

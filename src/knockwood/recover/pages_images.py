@@ -14,7 +14,8 @@ from knockwood.model.wal import Lsn
 from knockwood.postgres.connection import connect, translated
 from knockwood.postgres.pages import bad_pages, decode_header
 from knockwood.recover.pages_facts import NOTHING_KNOWN, Target, wal_facts
-from knockwood.recover.plan.pages import PAGE_BYTES, WalFacts, proves_newest, segment_of, segment_path
+from knockwood.recover.plan.page_wal import PAGE_BYTES, WalFacts, proves_newest
+from knockwood.recover.plan.pages import segment_of, segment_path
 from knockwood.repository.plans import RestorePlan
 
 

@@ -18,7 +18,7 @@ from knockwood.postgres.walreader import (
     parse_lsn,
     record_end,
 )
-from knockwood.recover.plan.pages import BlockRecord
+from knockwood.recover.plan.page_wal import BlockRecord
 
 Node = tuple[int, int, int]
 """Tablespace, database, relation file number, as WAL names a relation."""

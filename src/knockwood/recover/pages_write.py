@@ -23,14 +23,13 @@ from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, require_proven
 from knockwood.recover.pages_session import Patience, Session, session
 from knockwood.recover.plan.page_masks import describe, same
+from knockwood.recover.plan.page_wal import READS, WalFacts
 from knockwood.recover.plan.pages import (
-    READS,
     InBuffers,
     Judgement,
     OnDisk,
     PageClass,
     Procedure,
-    WalFacts,
     classify,
     segment_of,
     segment_path,
