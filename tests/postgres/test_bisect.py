@@ -102,6 +102,24 @@ def test_the_first_bad_commit_is_found_and_named(history: tuple[Protected, dict[
         assert found.tally.shared_bytes == 0
 
 
+def test_an_incremental_backup_is_a_beginning_once_it_was_proved(new_server: ServerFactory) -> None:
+    server = new_server(18, segment_megabytes=1, summarize_wal="on")
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.backup()
+        for number in range(1, 5):
+            made.insert(number)
+        middle = made.backup(incremental=True)
+        for number in (-5, 6):
+            made.insert(number)
+        assert ask(made, sql=_NEGATIVE).backups == 1
+        made.repository.put_json(
+            "proofs/20260101T000000Z-0000.json", {"verdict": "held", "backup": middle.id}
+        )
+        found = ask(made, sql=_NEGATIVE)
+        assert (found.outcome, found.backups) == (Outcome.FOUND, 2)
+        assert found.examples == ({"a": "-5"},)
+
+
 def test_what_is_bad_from_the_start_never_bad_or_no_question(
     history: tuple[Protected, dict[int, int]],
 ) -> None:

@@ -24,6 +24,7 @@ from knockwood.operations.freshness import bring_up_to_date
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Backup, chain
+from knockwood.repository.backups.proofs import read_proofs, trusted
 from knockwood.repository.repository import Repository
 from knockwood.repository.route import Route
 from knockwood.repository.targets import Latest, RestorePlan, Target, resolve
@@ -308,6 +309,8 @@ def _range(
     tell: Progress,
 ) -> _Range:
     backups = list_backups(repository)
+    # A state that lacks a change would put the blame on another commit.
+    sure = trusted(backups, read_proofs(repository))
 
     def plan(target: Target, backup: str | None) -> RestorePlan:
         return resolve(
@@ -322,14 +325,14 @@ def _range(
         start = plan(since, None)
         end = plan(until, start.backup.id)
     else:
-        start, end = _oldest(backups, until, notes, plan)
+        start, end = _oldest(sure, until, notes, plan)
     low = _after(start)
     high = max(_after(end), low) if since is None else _after(end)
     if high < low:
         raise UsageError(
             f"the range ends at {high}, before it begins at {low}", hint="is --from earlier than --to?"
         )
-    inside = _inside(repository, backups, end, low, high)
+    inside = _inside(repository, backups, sure, end, low, high)
     links = {start.backup.id: start.chain} | {each.id: chain(backups, each.id) for each in inside}
     return _Range(start, end, low, high, inside, links)
 
@@ -371,12 +374,17 @@ def _oldest(
 
 
 def _inside(
-    repository: Repository, backups: Sequence[Backup], end: RestorePlan, low: Lsn, high: Lsn
+    repository: Repository,
+    backups: Sequence[Backup],
+    sure: Sequence[Backup],
+    end: RestorePlan,
+    low: Lsn,
+    high: Lsn,
 ) -> tuple[Backup, ...]:
-    """Sound backups on the way, whose states lie within the range."""
+    """Sound ones of the backups `sure` on the way, whose states lie within the range."""
     route = Route(WalArchive(repository).inventory(), end.timeline)
     found = []
-    for backup in backups:
+    for backup in sure:
         if not low < backup.stop_lsn < high or not route.holds(backup.timeline, backup.stop_lsn):
             continue
         if backup.start_lsn < end.backup.start_lsn:
