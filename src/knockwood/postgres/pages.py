@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -275,3 +276,32 @@ def relation_file(path: str) -> RelationFile | None:
         segment=int(match["segment"] or 0),
         incremental=match["incremental"] is not None,
     )
+
+
+INCREMENTAL_HEAD_BYTES: Final = 12
+_INCREMENTAL_MAGIC: Final = 0xD3AE1F0D
+
+
+@dataclass(frozen=True, slots=True)
+class IncrementalHead:
+    """The beginning of a file `INCREMENTAL.*`: how many blocks it holds, and the file's length in blocks.
+
+    Their numbers follow, 4 bytes each, zeros up to a whole page if there are any, then the pages
+    (src/include/backup/basebackup_incremental.h).
+    """
+
+    blocks: int
+    length: int
+
+    @property
+    def bytes(self) -> int:
+        """What comes before the zeros."""
+        return INCREMENTAL_HEAD_BYTES + 4 * self.blocks
+
+
+def incremental_head(data: Chunk) -> IncrementalHead | None:
+    """Decode it; None if it is none, or too short."""
+    if len(data) < INCREMENTAL_HEAD_BYTES:
+        return None
+    magic, blocks, length = struct.unpack_from("<III", data)
+    return IncrementalHead(blocks, length) if magic == _INCREMENTAL_MAGIC else None

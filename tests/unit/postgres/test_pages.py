@@ -162,3 +162,12 @@ def test_relation_files_are_told(
 )
 def test_other_files_hold_no_pages(path: str) -> None:
     assert relation_file(path) is None
+
+
+def test_the_beginning_of_an_incremental_file() -> None:
+    data = struct.pack("<5I", 0xD3AE1F0D, 2, 9, 4, 7)
+    head = pages.incremental_head(data)
+    assert head is not None
+    assert (head.blocks, head.length, head.bytes) == (2, 9, 20)
+    assert pages.incremental_head(data[:11]) is None
+    assert pages.incremental_head(b"\0" + data[1:]) is None

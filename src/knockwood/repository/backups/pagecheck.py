@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,17 +13,18 @@ from knockwood.errors import KnockwoodError, MissingPrivilegeError
 from knockwood.host import clock
 from knockwood.model import Lsn, Verdict
 from knockwood.postgres.pages import (
+    INCREMENTAL_HEAD_BYTES,
     PAGE_BYTES,
     RelationFile,
     bad_blocks,
     bad_pages,
     decode_header,
+    incremental_head,
     relation_file,
 )
 from knockwood.repository.backups.model import BAD_PAGES_LISTED, BackupHealth, BadPage
 from knockwood.repository.backups.tar import Member
 
-_INCREMENTAL_MAGIC = 0xD3AE1F0D
 _SUSPECTS_KEPT = 100_000
 _TRIES = 5
 _RUN = 128
@@ -89,16 +89,12 @@ class FileCheck:
         return Piece(self._relation, start, blocks[:count])
 
     def _read_incremental_header(self, content: memoryview) -> bool:
-        # magic, number of blocks, blocks the file has after truncation, then the block numbers; zeros
-        # up to a whole page unless there are none (basebackup_incremental.h).
-        if len(content) >= 12:
-            magic, count, _ = struct.unpack_from("<III", content)
-            used = 12 + 4 * count
-            if magic == _INCREMENTAL_MAGIC and used <= len(content):
-                numbers = np.frombuffer(content, "<u4", count, 12).astype(np.int64)
-                self._incremental = numbers + self._relation.first_block
-                self._header_bytes = used + (-used % PAGE_BYTES if count else 0)
-                return bool(count)
+        head = incremental_head(content)
+        if head is not None and head.bytes <= len(content):
+            numbers = np.frombuffer(content, "<u4", head.blocks, INCREMENTAL_HEAD_BYTES).astype(np.int64)
+            self._incremental = numbers + self._relation.first_block
+            self._header_bytes = head.bytes + (-head.bytes % PAGE_BYTES if head.blocks else 0)
+            return bool(head.blocks)
         self._check.suspect(self._relation.path, -1, "not a valid header of an incremental file")
         return False
 

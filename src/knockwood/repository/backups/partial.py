@@ -12,7 +12,13 @@ from pathlib import Path
 from knockwood.errors import KnockwoodError, ObjectDamagedError, ObjectMissingError, RefusedError
 from knockwood.host import files
 from knockwood.host.privileges import Account
-from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES, relation_file
+from knockwood.postgres.pages import (
+    INCREMENTAL_HEAD_BYTES,
+    PAGE_BYTES,
+    SEGMENT_PAGES,
+    incremental_head,
+    relation_file,
+)
 from knockwood.repository import codec
 from knockwood.repository.backups.extract import Extractor, Layout
 from knockwood.repository.backups.listing import (
@@ -267,19 +273,12 @@ def _refuse_incremental(backup: Backup) -> None:
 def _incremental_blocks(
     repository: Repository, backup: Backup, index: MemberIndex, member: StoredMember
 ) -> tuple[tuple[int, ...], int]:
-    """The blocks in an incremental file, in the order of its pages, and the length in blocks that it states.
-
-    The format is of src/include/backup/basebackup_incremental.h: magic, count, length, block numbers.
-    """
-    head = _read_part(repository, backup, index, member, 0, 12)
-    magic, count, length = struct.unpack("<III", head)
-    if magic != _INCREMENTAL_MAGIC or 12 + 4 * count > member.size:
+    """The blocks in an incremental file, in the order of its pages, and the length in blocks that it states."""
+    head = incremental_head(_read_part(repository, backup, index, member, 0, INCREMENTAL_HEAD_BYTES))
+    if head is None or head.bytes > member.size:
         raise ObjectDamagedError("not an incremental file", where=member.path)
-    numbers = struct.unpack(f"<{count}I", _read_part(repository, backup, index, member, 12, 4 * count))
-    return numbers, length
-
-
-_INCREMENTAL_MAGIC = 0xD3AE1F0D
+    listed = _read_part(repository, backup, index, member, INCREMENTAL_HEAD_BYTES, 4 * head.blocks)
+    return struct.unpack(f"<{head.blocks}I", listed), head.length
 
 
 def _read_part(

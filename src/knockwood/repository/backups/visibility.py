@@ -12,12 +12,19 @@ VACUUM sets them again.
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from knockwood.postgres.pages import PAGE_BYTES, RelationFile, decode_header, relation_file, sealed
+from knockwood.postgres.pages import (
+    INCREMENTAL_HEAD_BYTES,
+    PAGE_BYTES,
+    RelationFile,
+    decode_header,
+    incremental_head,
+    relation_file,
+    sealed,
+)
 
 _HEADER_BYTES = 24
 
@@ -93,10 +100,10 @@ def _relation(file: RelationFile) -> str:
 
 
 def _has_blocks(path: Path) -> bool:
-    """Whether an incremental file (basebackup_incremental.h: magic, count, length) has any."""
+    """Whether an incremental file has any, or may have."""
     with path.open("rb") as file:
-        head = file.read(8)
-    return len(head) < 8 or struct.unpack("<II", head)[1] > 0
+        head = incremental_head(file.read(INCREMENTAL_HEAD_BYTES))
+    return head is None or head.blocks > 0
 
 
 def _clear(path: Path, first: int) -> None:
