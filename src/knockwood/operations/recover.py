@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,10 +16,11 @@ from knockwood.integrity.registry import select
 from knockwood.integrity.run import CheckProgress, Report
 from knockwood.model import Claim, Finding, Verdict
 from knockwood.model.recovery import Alternative, Plan, Recovery
+from knockwood.operations.beside import beside
 from knockwood.operations.check import check
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.freshness import bring_up_to_date, require_complete
-from knockwood.operations.recover_facts import Wish, situation, subject_of
+from knockwood.operations.recover_facts import Wish, situation, subject_of, whole_restore
 from knockwood.recover import execute as execution
 from knockwood.recover import statements
 from knockwood.recover.execute import Handler, StepProgress, Unfinished
@@ -88,31 +90,33 @@ def propose(
     """
     asked = wish or Wish()
     repository, problem = _repository(cluster)
-    subject, down = subject_of(cluster, repository)
-    report: Report | None = None
-    gaps: tuple[NotChecked, ...] = ()
-    if problem:
-        gaps += (NotChecked("repository", problem),)
-    looking = not asked.in_place or bool(list(names))
-    if subject is None:
-        gaps += (NotChecked("server", down),)
-    elif findings is None and not looking:
-        gaps += (NotChecked("findings", "no check was asked for"),)
-    elif findings is None:
-        report = check(cluster, names, heavy=heavy, here=here, progress=progress)
-        report = _with_lost_writes(cluster, report, progress)
-        gaps += report.not_checked
-    found = tuple(findings) if findings is not None else report.findings if report else ()
-    known = situation(cluster, repository, subject, found, report, asked)
-    offers: list[Offer] = []
-    others: tuple[Alternative, ...] = ()
-    if subject is not None and not asked.in_place:
-        from knockwood.operations import recover_offers
+    # It takes long where much WAL is new, and only the decision needs it.
+    with beside(partial(whole_restore, cluster, repository, asked)) as whole:
+        subject, down = subject_of(cluster, repository)
+        report: Report | None = None
+        gaps: tuple[NotChecked, ...] = ()
+        if problem:
+            gaps += (NotChecked("repository", problem),)
+        looking = not asked.in_place or bool(list(names))
+        if subject is None:
+            gaps += (NotChecked("server", down),)
+        elif findings is None and not looking:
+            gaps += (NotChecked("findings", "no check was asked for"),)
+        elif findings is None:
+            report = check(cluster, names, heavy=heavy, here=here, progress=progress)
+            report = _with_lost_writes(cluster, report, progress)
+            gaps += report.not_checked
+        found = tuple(findings) if findings is not None else report.findings if report else ()
+        known = situation(cluster, repository, subject, found, report, asked)
+        offers: list[Offer] = []
+        others: tuple[Alternative, ...] = ()
+        if subject is not None and not asked.in_place:
+            from knockwood.operations import recover_offers
 
-        offers, others = recover_offers.page_offers(cluster, repository, found, known)
-        rows, more = recover_offers.row_offers(cluster, found, known)
-        offers, others = [*offers, *rows], (*others, *more)
-    plan = decide(found, known, offers)
+            offers, others = recover_offers.page_offers(cluster, repository, found, known)
+            rows, more = recover_offers.row_offers(cluster, found, known)
+            offers, others = [*offers, *rows], (*others, *more)
+        plan = decide(found, replace(known, whole=whole()), offers)
     if others:
         plan = replace(plan, alternatives=(*plan.alternatives, *others))
     open_ones = tuple(execution.unfinished(cluster.state, cluster.name))

@@ -16,6 +16,7 @@ from knockwood.integrity.check import Budget, Subject
 from knockwood.integrity.run import Report
 from knockwood.model import Finding, Verdict
 from knockwood.model.recovery import ExpectedLoss
+from knockwood.operations.beside import GoOn
 from knockwood.operations.cluster import Cluster
 from knockwood.postgres.connection import Connection, translated
 from knockwood.postgres.pages import PAGE_BYTES
@@ -50,7 +51,7 @@ def situation(
     report: Report | None,
     wish: Wish,
 ) -> Situation:
-    """Everything known; what could not be asked is None."""
+    """Everything known but the restore of the whole (`whole_restore`); what could not be asked is None."""
     known = _relations(subject, findings)
     proof = _proof(repository)
     return Situation(
@@ -67,7 +68,6 @@ def situation(
         relations=known,
         rates=Rates(_scan_rate(report, known), proof[1]),
         xids=wish.xids,
-        whole=_whole(cluster, repository, wish),
     )
 
 
@@ -129,7 +129,10 @@ def _scan_rate(report: Report | None, known: Mapping[str, RelationFact]) -> floa
     return None
 
 
-def _whole(cluster: Cluster, repository: Repository | None, wish: Wish) -> WholeRestore | None:
+def whole_restore(
+    cluster: Cluster, repository: Repository | None, wish: Wish, go_on: GoOn
+) -> WholeRestore | None:
+    """What restoring the whole cluster in place would need and lose; the WAL up to there is read for it."""
     if repository is None:
         return None
     latest = isinstance(wish.target, Latest)
@@ -143,7 +146,9 @@ def _whole(cluster: Cluster, repository: Repository | None, wish: Wish) -> Whole
     words: dict[str, Any] = {"target": wish.target_text, "ordered": wish.in_place, "rows_back": not latest}
     folder = cluster.settings.data_directory
     try:
-        plan = resolve(repository, wish.target, programs_for=cluster.programs)
+        plan = resolve(
+            repository, wish.target, programs_for=cluster.programs, progress=lambda _done, _total: go_on()
+        )
     except KnockwoodError as error:
         return WholeRestore(**words, expected_loss=loss, refused=str(error))
     return WholeRestore(

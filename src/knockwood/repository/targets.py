@@ -172,7 +172,7 @@ class _Question:
 
     def answer(self) -> RestorePlan:
         state = proved.load(self._repository, self._repository.storage.list(proved.FOLDER))
-        before = replace(state, objects=self._repository.read_before).current(self._listing)
+        before = replace(state, objects=dict(self._repository.read_before)).current(self._listing)
         state = replace(state, objects={**before.objects, **state.current(self._listing).objects})
         with workplace(self._keep) as folder:
 
