@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from knockwood.model import Lsn
@@ -58,34 +58,7 @@ def page_step(
     first = next(iter(judgements.values()))
     kinds = sorted({str(judgement.damage) for judgement in judgements.values()})
     count = f"block{'s' if len(judgements) > 1 else ''} {_listed(judgements)}"
-    reasons: dict[str, list[int]] = defaultdict(list)
-    for block, judgement in judgements.items():
-        reasons[judgement.reason].append(block)
-    conditions = [
-        *(
-            Precondition("same class", f"block {_listed(blocks)} is still what was found: {reason}")
-            for reason, blocks in reasons.items()
-        ),
-        Precondition("same file", f"{target.name} still lies in {target.path}"),
-    ]
-    if procedure is not Procedure.SAVE_BUFFER:
-        conditions.append(
-            Precondition(
-                "newest image",
-                f"backup {backup.id} (replayed in a clone where the WAL names the page since) holds it as of its"
-                " last WAL record, and the server's WAL names it nowhere since, asked under the lock",
-            )
-        )
     known = {str(block): str(lsn) for block, lsn in sorted(beyond.items()) if block in judgements}
-    if known:
-        conditions.append(
-            Precondition(
-                "holds the lost change",
-                "the good page is beyond the record that the page here lacks: "
-                + ", ".join(f"block {block} beyond {lsn}" for block, lsn in list(known.items())[:8])
-                + (" and so on" if len(known) > 8 else ""),
-            )
-        )
     readers = "readers and writers go on" if procedure is Procedure.WRITE else "readers and writers wait"
     return Step(
         REPAIR,
@@ -99,11 +72,40 @@ def page_step(
             "older": [each.id for each in older],
             "beyond": known,
         },
-        tuple(conditions),
+        tuple(_page_conditions(target, procedure, judgements, backup, known)),
         locks=f"{first.lock} on {target.owner}: {readers}",
         blocked_seconds=_LOCKED_SECONDS[procedure],
         undo="the damaged pages are kept as evidence; a good page is not taken back",
     )
+
+
+def _page_conditions(
+    target: Target,
+    procedure: Procedure,
+    judgements: Mapping[int, Judgement],
+    backup: Backup,
+    known: Mapping[str, str],
+) -> Iterator[Precondition]:
+    """What has to be so when a page is mended."""
+    reasons: dict[str, list[int]] = defaultdict(list)
+    for block, judgement in judgements.items():
+        reasons[judgement.reason].append(block)
+    for reason, blocks in reasons.items():
+        yield Precondition("same class", f"block {_listed(blocks)} is still what was found: {reason}")
+    yield Precondition("same file", f"{target.name} still lies in {target.path}")
+    if procedure is not Procedure.SAVE_BUFFER:
+        yield Precondition(
+            "newest image",
+            f"backup {backup.id} (replayed in a clone where the WAL names the page since) holds it as of its"
+            " last WAL record, and the server's WAL names it nowhere since, asked under the lock",
+        )
+    if known:
+        yield Precondition(
+            "holds the lost change",
+            "the good page is beyond the record that the page here lacks: "
+            + ", ".join(f"block {block} beyond {lsn}" for block, lsn in list(known.items())[:8])
+            + (" and so on" if len(known) > 8 else ""),
+        )
 
 
 def rows_step(target: Target, poisons: Mapping[int, Poison], backup: Backup) -> Step:
