@@ -69,3 +69,43 @@ def test_the_example_of_the_settings_page_loads() -> None:
     [example] = re.findall(r"```toml\n(.*?)```", (DOCS / "settings.md").read_text(), flags=re.DOTALL)
     settings = parse(example.replace('"age1..."', f'"age1{"q" * 58}"'))
     assert settings.cluster["shop"].invariant[0].name == "order total equals its lines"
+
+
+def options_in(text: str, app: App) -> Iterator[tuple[str, str]]:
+    """Each option of a command that the text shows in use, with the command."""
+    for line in re.findall(r"\bknockwood ((?:--config \S+ )?[a-z][^\n`#|;]*)", text.replace("\\\n", " ")):
+        words = line.removeprefix("--config ").split()
+        command, here = "", app
+        while words and words[0] in list(here):
+            command, here = f"{command} {words[0]}".strip(), here[words.pop(0)]
+        if command and not [inner for inner in here if not inner.startswith("-")]:
+            yield from (
+                (command, word.partition("=")[0].rstrip(".,:)")) for word in words if word[:2] == "--"
+            )
+
+
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_option_that_a_page_shows_exists(page: Path) -> None:
+    app = build_app()
+    used = set(options_in(page.read_text(), app))
+    unknown = set()
+    for command, option in used:
+        here = app
+        for name in command.split():
+            here = here[name]
+        known = {name for argument in here.assemble_argument_collection() for name in argument.names}
+        if option not in known | {"--help"}:
+            unknown.add((command, option))
+    assert unknown == set()
+
+
+def test_the_options_of_a_line_are_told() -> None:
+    told = set(
+        options_in(
+            "run `knockwood wal receive --wait=3` or\n$ knockwood log --from \\\n  x --largest\n", build_app()
+        )
+    )
+    assert told == {("wal receive", "--wait"), ("log", "--from"), ("log", "--largest")}
