@@ -43,6 +43,9 @@ def examine(
     """
     clone.promote()
     with connect(clone.dsn()) as connection:
+        with translated():
+            # That of the promotion takes its time; until it is done the control file tells the old timeline.
+            connection.execute("checkpoint")
         facts = server_facts(connection)
     subject = Subject(
         cluster=cluster,
