@@ -328,6 +328,27 @@ def test_a_page_that_vacuum_has_freed_is_sound(new_server: ServerFactory) -> Non
         assert (plan.steps, plan.refused) == ((), ())
 
 
+def test_a_table_cut_where_it_was_made_is_mended_page_by_page(new_server: ServerFactory) -> None:
+    """TRUNCATE in the transaction that made the table keeps its file: pages begin anew, and nothing was lost."""
+    server = new_server(18)
+    with site_of(server) as site:
+        site.sql(
+            "begin; create table load (id int primary key, name text);"
+            "insert into load select i, 'first' from generate_series(1, 2000) i; truncate load;"
+            "insert into load select i, 'second' from generate_series(1, 2000) i; commit;"
+            "alter table load set (autovacuum_enabled = off)"
+        )
+        site.settle()
+        load_path = site.path("load")
+        known = wal_of(site, "public.load", 0)[0]
+        assert [record.kind for record in known.records].count("Heap INSERT+INIT") == 1
+        site.damage(load_path, 0, flipped(site.page(load_path, 0)))
+        plan = site.plan((load_path, 0))
+        assert [step.arguments["procedure"] for step in plan.steps] == ["write"], plan.as_json()
+        mend(site, plan)
+        assert site.sql("select count(*) from load where name = 'second'") == 2000
+
+
 def test_pages_last_written_before_the_backup(new_server: ServerFactory) -> None:
     """The change that a page lacks is older than every backup: the backup's page counts, but only if it holds
     the change. A page that no backup proves hinders no other."""

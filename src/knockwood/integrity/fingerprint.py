@@ -26,6 +26,9 @@ PINNED: Final = {
     # Parallelism comes from several connections; a plan with workers of its own would take more than asked.
     "max_parallel_workers_per_gather": "0",
     "jit": "off",
+    # Snapshots are held by sessions that wait for others.
+    "idle_session_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
 }
 """Settings of every session that hashes or shows rows."""
 

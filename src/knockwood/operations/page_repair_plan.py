@@ -240,9 +240,17 @@ class _Planning:
         }
         if not begun:
             return seen
-        older = chain(list_backups(self.repository), backup.id)[:-1]
-        images = read_blocks(self.repository, backup, target.path, begun, older)
-        held = [block for block, lsn in begun.items() if block in images and held_rows(images[block], lsn)]
+        try:
+            older = chain(list_backups(self.repository), backup.id)[:-1]
+            images = read_blocks(self.repository, backup, target.path, begun, older)
+            cuts = facts.cuts_of(self.subject, target, backup.start_lsn, max(begun.values()))
+        except KnockwoodError:
+            return seen  # nobody can tell
+        held = [
+            block
+            for block, lsn in begun.items()
+            if block in images and held_rows(images[block], lsn) and not facts.last_cut(cuts, block)
+        ]
         known = {block: replace(seen.wal[block], held=True) for block in held}
         again = look(tools, target, held, backup.start_lsn, known) if held else seen
         return replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -17,8 +17,15 @@ from knockwood.model.wal import Lsn
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, connect, translated, with_words
 from knockwood.postgres.pages import bad_pages, decode_header, fitting_blocks
+from knockwood.postgres.walrefs import RelationEvent, relation_events
 from knockwood.recover.pages_wal import Node, block_records
-from knockwood.recover.plan.page_wal import PAGE_BYTES, BlockRecord, WalFacts
+from knockwood.recover.plan.page_wal import (
+    PAGE_BYTES,
+    BlockRecord,
+    WalFacts,
+    find_begun_anew,
+    find_poison,
+)
 from knockwood.recover.plan.pages import OnDisk, RelationFacts, segment_of, segment_path
 
 NOTHING_KNOWN: Final[Mapping[int, Lsn]] = MappingProxyType({})
@@ -192,6 +199,13 @@ def wal_facts(
         records = block_records(
             programs_of(subject), wal.folder, wal.timeline, since, until, size, target.node, blocks
         )
+        if any(find_poison(each) or find_begun_anew(each, held=False) for each in records.values()):
+            # A page that was cut off and made again had to lack what was there before.
+            cuts = _cuts(wal, subject, target, since, until)
+            records = {
+                block: [record for record in each if record.lsn.value > last_cut(cuts, block)]
+                for block, each in records.items()
+            }
         if beside is not None:
             beside(wal)
         return records
@@ -203,6 +217,34 @@ def wal_facts(
     return {
         block: WalFacts(True, tuple(found[block]), since, until, beyond=beyond.get(block)) for block in blocks
     }
+
+
+def cuts_of(subject: Subject, target: Target, since: Lsn, until: Lsn) -> Sequence[RelationEvent]:
+    """Where the WAL in [since, until) cuts the relation, or makes its file anew. Raises HostError where that WAL
+    cannot be read."""
+
+    def read(wal: StagedWal | None) -> list[RelationEvent]:
+        if wal is None or wal.start > since or wal.end < until:
+            raise ProgramFailedError(f"the WAL from {since} to {until} is not there")
+        return _cuts(wal, subject, target, since, until)
+
+    return with_wal(subject, until, until - since + 2 * subject.facts.segment_bytes, read, since=since)
+
+
+def _cuts(wal: StagedWal, subject: Subject, target: Target, since: Lsn, until: Lsn) -> list[RelationEvent]:
+    events = relation_events(programs_of(subject), wal.folder, wal.timeline, since, until, wal.segment_bytes)
+    return [event for event in events if main_path(event.path) == target.path]
+
+
+def last_cut(cuts: Iterable[RelationEvent], block: int) -> int:
+    """The position of the last of them that took the block away; 0 if none did."""
+    return max((cut.lsn for cut in cuts if cut.blocks is None or cut.blocks <= block), default=0)
+
+
+def main_path(path: str) -> str:
+    """The relation's own file, for that of any of its forks."""
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{name.partition('_')[0]}"
 
 
 def length(connection: Connection, target: Target) -> int:

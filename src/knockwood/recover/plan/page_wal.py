@@ -164,6 +164,8 @@ def find_begun_anew(records: Sequence[BlockRecord], *, held: bool) -> Poison | N
 def held_rows(image: bytes, until: Lsn) -> bool:
     """Whether a heap page has items in use; False also for one of a change at `until` or later."""
     upper, lower, end = struct.unpack_from("<II4xH", image)
+    if end > PAGE_BYTES:
+        return False  # no page's header
     items = struct.unpack_from(f"<{max(end - _HEADER_BYTES, 0) // _ITEM_BYTES}I", image, _HEADER_BYTES)
     return upper << 32 | lower <= until.value and any(item >> 15 & 3 for item in items)
 
