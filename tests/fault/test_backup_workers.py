@@ -104,9 +104,12 @@ def test_a_backup_given_up_leaves_no_half_written_file_of_its_workers(made: Arch
             "create table r as select sha512(i::text::bytea) from generate_series(1, 400000) i"
         )
 
+    asked: list[int] = []
+
     def give_up(_: object) -> None:
         # More than one request to end must not break off the removal that the first began.
         workers = workers_of(os.getpid())
+        asked.append(len(workers))
         for _ in range(20):
             for worker in workers:
                 worker.terminate()
@@ -118,6 +121,8 @@ def test_a_backup_given_up_leaves_no_half_written_file_of_its_workers(made: Arch
         with pytest.raises(RefusedError, match="given up"):
             take_backup(made.repository, made.server.dsn(), progress=give_up, effort=effort)
         assert [path for path in made.root.rglob("*") if path.name.startswith(".tmp-")] == []
+    assert len(asked) == 8
+    assert all(asked), "no worker was at work"
     assert list(made.repository.storage.list("backups/")) == []
 
 

@@ -18,6 +18,13 @@ from knockwood.postgres.server import SUPERUSER, LocalServer
 
 ROWS = 200_000
 
+SLOW = """
+[[cluster.shop.invariant]]
+name = "takes its time"
+sql = "select 1 where (select pg_sleep(3)) is null"
+"""
+"""Sessions of checks are short: this one can be met."""
+
 
 @contextmanager
 def followed(line: CommandLine, standby: LocalServer) -> Iterator[None]:
@@ -41,20 +48,20 @@ def everything_at(standby: LocalServer, primary: LocalServer) -> None:
 
 
 def at_work(line: CommandLine, child: subprocess.Popen[str], command: str) -> None:
-    """Wait until a command is in the middle of what it does."""
+    """Wait until a command is in the middle of what it does; fails if it ends before."""
     busy: dict[str, Callable[[], bool]] = {
         "backup": lambda: any(line.repository.glob("backups/*/.tmp-*")),
-        "check": lambda: bool(
-            line.execute("select from pg_stat_activity where application_name = 'knockwood check'")
-        ),
+        "check": lambda: bool(line.execute("select 1 from pg_stat_activity where wait_event = 'PgSleep'")),
         "prove": lambda: any((line.state / "clones").glob("*.json")),
         "revert": lambda: any((line.state / "clones").glob("*.json")),
+        "restore": (line.folder / "new").exists,
+        # It asks no server: the archive alone changes under it, from its start on.
+        "verify": lambda: True,
     }
-    started = time.monotonic()
-    while child.poll() is None:
-        if busy[command]() if command in busy else time.monotonic() - started > 0.6:
-            return
+    while not busy[command]():
+        assert child.poll() is None, "it ended before it was seen at work"
         time.sleep(0.005)
+    assert child.poll() is None
 
 
 @pytest.mark.parametrize("command", ["backup", "prove", "check", "verify", "restore", "revert"])
@@ -83,6 +90,9 @@ def test_a_promotion_in_the_middle(
                     "revert": ["revert", xid, "--apply"],
                 }.get(command, [command])
                 everything_at(standby, primary)
+                if command == "check":
+                    with line.config.open("a") as settings:
+                        settings.write(SLOW)
                 child = line.start(*words, "--json")
                 at_work(line, child, command)
                 primary.kill()
@@ -96,6 +106,11 @@ def test_a_promotion_in_the_middle(
                 found = {finding["check"] for finding in ended.json.get("findings", ())}
                 assert found <= {"configuration", "proof_age"}
                 assert found or ended.status in (0, 2), ended.out
+                if command == "check":  # what came after the switch
+                    told = {check["name"]: check["verdict"] for check in ended.json["checks"]}
+                    assert (
+                        told["invariants"] == told["page_checksums"] == told["lost_writes"] == "not_checked"
+                    )
                 # The settings still name the files of the primary that is gone.
                 stale = line("check", "page_checksums", "lost_writes", status=2)["not_checked"]
                 assert {gap["check"] for gap in stale} == {"page_checksums", "lost_writes"}

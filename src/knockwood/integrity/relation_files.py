@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from knockwood.errors import HostError, MissingPrivilegeError, PostgresError, UnsupportedVersionError
-from knockwood.host import clock
 from knockwood.host import files as host_files
 from knockwood.integrity.check import Subject
-from knockwood.model import Lsn
-from knockwood.postgres.connection import Connection, ServerFacts, server_facts, translated
-from knockwood.postgres.control_file import read_control_file
+from knockwood.postgres.connection import Connection, server_facts, translated
+from knockwood.postgres.control_file import is_control_file_of
 from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES
 
 GLOBAL_TABLESPACE: Final = 1664
 DEFAULT_TABLESPACE: Final = 1663
-
-_TRIES: Final = 5
 
 _NAME = re.compile(r"(\d+)(?:_(fsm|vm|init))?(?:\.(\d+))?\Z")
 _FOLDER = re.compile(r"(?:global|base/(\d+)|pg_tblspc/(\d+)/PG_[^/]+/(\d+))\Z")
@@ -284,7 +280,7 @@ def require_own_folder(subject: Subject, folder: Path) -> None:
         told = float(row[0]) if row else 0.0
         written, started = _of_the_postmaster(folder)
         elsewhere = facts.data_directory is not None and str(facts.data_directory) != written
-        if elsewhere or abs(told - started) > 5 or not _same_control_file(connection, facts, folder):
+        if elsewhere or abs(told - started) > 5 or not is_control_file_of(connection, facts, folder):
             raise HostError(
                 "the data directory belongs to another server than the one connected to",
                 where=str(folder),
@@ -307,21 +303,3 @@ def _of_the_postmaster(folder: Path) -> tuple[str, int]:
         ) from error
     except (IndexError, ValueError) as error:
         raise HostError("postmaster.pid cannot be understood", where=str(folder)) from error
-
-
-def _same_control_file(connection: Connection, facts: ServerFacts, folder: Path) -> bool:
-    """Whether the file says what the server says; asked again where a checkpoint may have come between."""
-    for _ in range(_TRIES):
-        with translated():
-            row = connection.execute(
-                "select redo_lsn::text, timeline_id from pg_catalog.pg_control_checkpoint()"
-            ).fetchone()
-        control = read_control_file(folder)
-        if control.system_identifier != facts.system_identifier:
-            return False
-        # Right after a promotion only the timeline that is written to differs from the former primary's.
-        told = (Lsn.parse(row[0]), row[1], facts.timeline) if row is not None else None
-        if told == (control.redo, control.timeline, control.timeline):
-            return True
-        clock.sleep(0.1)
-    return False

@@ -58,6 +58,10 @@ class ArchiveWatch:
         except KnockwoodError as error:
             self.error = error
 
+    def give_up(self) -> None:
+        """Nobody waits for it any more: the thread ends at its next look."""
+        self.timeout = 0.0
+
     def wait(self) -> None:
         """Until it is all there, or the time is up. Raises what reading the archive raised."""
         if self._thread is not None:

@@ -26,12 +26,13 @@ from knockwood.operations.page_repair_steps import (
     rows_step,
 )
 from knockwood.postgres.connection import connect, translated
+from knockwood.postgres.pages import decode_header, has_items
 from knockwood.recover import pages_facts as facts
 from knockwood.recover.indexes import index_named
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_session import Session, session
 from knockwood.recover.pages_write import Looked, look
-from knockwood.recover.plan.page_wal import Poison, find_begun_anew, held_rows
+from knockwood.recover.plan.page_wal import Poison, find_begun_anew
 from knockwood.recover.plan.pages import Procedure
 from knockwood.recover.rows import shape_of
 from knockwood.repository.backups.listing import list_backups
@@ -249,7 +250,10 @@ class _Planning:
         held = [
             block
             for block, lsn in begun.items()
-            if block in images and held_rows(images[block], lsn) and not facts.last_cut(cuts, block)
+            if block in images
+            and has_items(images[block])
+            and decode_header(images[block]).lsn <= lsn
+            and not facts.last_cut(cuts, block)
         ]
         known = {block: replace(seen.wal[block], held=True) for block in held}
         again = look(tools, target, held, backup.start_lsn, known) if held else seen

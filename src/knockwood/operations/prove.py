@@ -212,9 +212,11 @@ class _Run:
                 on_mark=lambda lsn: self._marked(dsn, archive, lsn),
             )
         except PostgresError as error:
+            archive.give_up()
             self.why_no_primary = f"the primary cannot be read: {error}"
             return None
         if state.timeline != facts.timeline:
+            archive.give_up()
             self.why_no_primary = "another server became the primary meanwhile"
             return None
         self.tell(Step("wait for the archive", current=str(state.lsn)))

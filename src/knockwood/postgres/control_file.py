@@ -10,6 +10,7 @@ from pathlib import Path
 from knockwood.errors import HostError
 from knockwood.host import clock, files
 from knockwood.model import Lsn, Timeline
+from knockwood.postgres.connection import Connection, ServerFacts, translated
 
 CONTROL_FILE = "global/pg_control"
 
@@ -20,6 +21,7 @@ _POLYNOMIAL = 0x82F63B78
 _FIXED = 96  # what is read here lies before; the CRC, the structure's last field, behind
 _LONGEST = 512  # the structure stays within one sector, so that it is written at once
 _TRIES = 100
+_LOOKS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,28 @@ def read_control_file(data_directory: Path) -> ControlFile:
         where=str(path),
         hint="is the disk well? `pg_controldata` tells the same; a standby or a restored copy has a good one",
     )
+
+
+def is_control_file_of(connection: Connection, facts: ServerFacts, data_directory: Path) -> bool:
+    """Whether the control file there says what the server says: then it is the server's own.
+
+    That of a copy with the same identifier, or of the primary that the server took the place of, does not. Asked
+    again where a checkpoint may have come between; False too from a promotion until its checkpoint is done.
+    """
+    for _ in range(_LOOKS):
+        with translated():
+            row = connection.execute(
+                "select redo_lsn::text, timeline_id from pg_catalog.pg_control_checkpoint()"
+            ).fetchone()
+        control = read_control_file(data_directory)
+        if control.system_identifier != facts.system_identifier:
+            return False
+        # Right after a promotion only the timeline that is written to differs from the former primary's.
+        told = (Lsn.parse(row[0]), row[1], facts.timeline) if row is not None else None
+        if told == (control.redo, control.timeline, control.timeline):
+            return True
+        clock.sleep(0.1)
+    return False
 
 
 def whole(data: bytes) -> bool:

@@ -105,6 +105,15 @@ def decode_header(page: Chunk) -> PageHeader:
     )
 
 
+def has_items(page: Chunk) -> bool:
+    """Whether a heap page has line pointers in use (storage/itemid.h); False where its header is none."""
+    header = decode_header(page)
+    if header.flaw() is not None:
+        return False
+    items = np.frombuffer(page, "<u4", max(header.lower - _HEADER_BYTES, 0) // 4, _HEADER_BYTES)
+    return bool((items >> 15 & 3).any())
+
+
 def checksums(buffer: Chunk, first_block: int = 0) -> NDArray[np.uint16]:
     """The checksum each page of `buffer` should have, as blocks `first_block` and following.
 

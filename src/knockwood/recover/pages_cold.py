@@ -51,7 +51,7 @@ def cold_images(
         events = relation_events(
             programs, wal.folder, wal.timeline, backup.start_lsn, until, wal.segment_bytes
         )
-        came_or_went[:] = (event for event in events if facts.main_path(event.path) == target.path)
+        came_or_went[:] = (event for event in events if _main(event.path) == target.path)
 
     wal = facts.wal_facts(subject, target, blocks, backup.start_lsn, until, beyond, note)
     cold = [block for block in sorted(blocks) if wal[block].known and wal[block].last is None]
@@ -69,3 +69,9 @@ def cold_images(
     if not images:
         return None, wal
     return Good(until, backup.start_lsn, images, {block: wal[block] for block in images}, _NONE), wal
+
+
+def _main(path: str) -> str:
+    """The relation's own file, for that of any of its forks."""
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{name.partition('_')[0]}"

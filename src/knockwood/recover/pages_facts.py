@@ -233,18 +233,12 @@ def cuts_of(subject: Subject, target: Target, since: Lsn, until: Lsn) -> Sequenc
 
 def _cuts(wal: StagedWal, subject: Subject, target: Target, since: Lsn, until: Lsn) -> list[RelationEvent]:
     events = relation_events(programs_of(subject), wal.folder, wal.timeline, since, until, wal.segment_bytes)
-    return [event for event in events if main_path(event.path) == target.path]
+    return [event for event in events if event.path == target.path]
 
 
 def last_cut(cuts: Iterable[RelationEvent], block: int) -> int:
     """The position of the last of them that took the block away; 0 if none did."""
     return max((cut.lsn for cut in cuts if cut.blocks is None or cut.blocks <= block), default=0)
-
-
-def main_path(path: str) -> str:
-    """The relation's own file, for that of any of its forks."""
-    folder, _, name = path.rpartition("/")
-    return f"{folder}/{name.partition('_')[0]}"
 
 
 def length(connection: Connection, target: Target) -> int:

@@ -171,3 +171,15 @@ def test_the_beginning_of_an_incremental_file() -> None:
     assert (head.blocks, head.length, head.bytes) == (2, 9, 20)
     assert pages.incremental_head(data[:11]) is None
     assert pages.incremental_head(b"\0" + data[1:]) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "held"), [((), False), ((0,), False), ((0, 0), False), ((0, 3), True), ((1,), True)]
+)
+def test_a_page_has_items_if_a_line_pointer_is_in_use(flags: tuple[int, ...], held: bool) -> None:
+    items = b"".join((flag << 15 | 8000).to_bytes(4, "little") for flag in flags)
+    header = struct.pack("<IIHHHHHHI", 7, 5, 0, 0, 24 + len(items), 8000, 8192, 8192 + 4, 0)
+    assert pages.has_items((header + items).ljust(8192, b"\0")) is held
+    nonsense = struct.pack("<IIHHHHHHI", 7, 5, 0, 0, 60000, 8000, 8192, 8192 + 4, 0)
+    assert not pages.has_items((nonsense + items).ljust(8192, b"\xff"))
+    assert not pages.has_items(bytes(8192))

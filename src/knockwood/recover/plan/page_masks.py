@@ -9,7 +9,8 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-PAGE_BYTES: Final = 8192
+from knockwood.recover.plan.page_wal import PAGE_BYTES
+
 _SECTOR: Final = 512
 _HEADER: Final = 24
 _LP_NORMAL: Final = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -16,8 +15,6 @@ _LEAVE_ROWS_ALONE: Final = frozenset({HINT, "Heap2 VISIBLE"})
 _MAY_FREE_ITEMS: Final = ("VACUUM", "XLOG FPI")
 """Heap2 VACUUM, PRUNE_VACUUM_SCAN and PRUNE_VACUUM_CLEANUP, and what VACUUM logs of an empty page. Pruning on access
 (and all PRUNE before 17) leaves an item for each row that was a root."""
-_HEADER_BYTES: Final = 24
-_ITEM_BYTES: Final = 4
 
 READS: Final = frozenset({HINT, "Heap2 PRUNE_ON_ACCESS"})
 """Records that readers write: hints, and rows removed that were dead to all, which are as dead on the true page.
@@ -65,8 +62,8 @@ class WalFacts:
     """What the WAL from `since` up to `until` says of a block. `records` in order; `reason`: why not known.
 
     `beyond` is the start of a record that changed the block, known from elsewhere and perhaps older than
-    `since`: a page that is not beyond it lacks that change. `held`: whether the page is known to have had rows at
-    `since` (see `held_rows`).
+    `since`: a page that is not beyond it lacks that change. `held`: whether the page is known to have had rows
+    at `since`.
     """
 
     known: bool
@@ -159,15 +156,6 @@ def find_begun_anew(records: Sequence[BlockRecord], *, held: bool) -> Poison | N
             changes.append(record)
             rows_there = not any(word in record.kind for word in _MAY_FREE_ITEMS)
     return None
-
-
-def held_rows(image: bytes, until: Lsn) -> bool:
-    """Whether a heap page has items in use; False also for one of a change at `until` or later."""
-    upper, lower, end = struct.unpack_from("<II4xH", image)
-    if end > PAGE_BYTES:
-        return False  # no page's header
-    items = struct.unpack_from(f"<{max(end - _HEADER_BYTES, 0) // _ITEM_BYTES}I", image, _HEADER_BYTES)
-    return upper << 32 | lower <= until.value and any(item >> 15 & 3 for item in items)
 
 
 def proves_newest(image_lsn: Lsn, wal: WalFacts) -> str | None:

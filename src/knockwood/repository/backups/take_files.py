@@ -20,7 +20,13 @@ from knockwood.errors import BackupIncompleteError, KnockwoodError, RefusedError
 from knockwood.host import clock, files
 from knockwood.model import Lsn, WalRange
 from knockwood.postgres.connection import ServerFacts, connect, server_facts
-from knockwood.postgres.control_file import CONTROL_FILE, IN_PRODUCTION, ControlFile, read_control_file
+from knockwood.postgres.control_file import (
+    CONTROL_FILE,
+    IN_PRODUCTION,
+    ControlFile,
+    is_control_file_of,
+    read_control_file,
+)
 from knockwood.postgres.online_backup import OnlineBackup, Stopped, may_start
 from knockwood.postgres.replication import BackupEnded, BackupStarted, TablespaceInfo
 from knockwood.repository.backups import take_scan
@@ -55,14 +61,13 @@ def why_not(dsn: str, data_directory: Path) -> str | None:
             return "the server is a standby"
         if not may_start(connection):
             return "the role may not call pg_backup_start"
-    try:
-        control = read_control_file(data_directory)
-        _must_be(control, facts, data_directory)
-    except KnockwoodError as error:
-        return error.what
-    if control.timeline != facts.timeline:
-        # A former primary that was killed still calls itself in production.
-        return f"the data directory is on timeline {control.timeline}, the server on {facts.timeline}"
+        try:
+            _must_be(read_control_file(data_directory), facts, data_directory)
+            # A former primary that was killed still calls itself in production.
+            if not is_control_file_of(connection, facts, data_directory):
+                raise _other_server(data_directory)
+        except KnockwoodError as error:
+            return error.what
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import replace
 
 import pytest
@@ -17,7 +16,6 @@ from knockwood.recover.plan.page_wal import (
     WalFacts,
     find_begun_anew,
     find_poison,
-    held_rows,
     proves_newest,
 )
 from knockwood.recover.plan.pages import (
@@ -98,24 +96,6 @@ def test_a_page_with_rows_that_is_begun_anew_had_been_emptied(
     assert (judged.damage, judged.procedure) == (PageClass.POISONED, Procedure.ROWS)
     assert "taken for an empty page" in judged.reason
     assert proves_newest(Lsn(990), wal) is not None
-
-
-@pytest.mark.parametrize(
-    ("flags", "of", "held"),
-    [
-        ((), 5, False),
-        ((0,), 5, False),
-        ((0, 0), 5, False),
-        ((0, 3), 5, True),
-        ((1,), 5, True),
-        ((1,), 9, False),
-    ],
-)
-def test_a_page_held_rows_if_an_item_is_in_use(flags: tuple[int, ...], of: int, held: bool) -> None:
-    items = b"".join((flag << 15 | 8000).to_bytes(4, "little") for flag in flags)
-    header = struct.pack("<IIHHHHHHI", 7, of, 0, 0, 24 + len(items), 8000, 8192, 8192 + 4, 0)
-    assert held_rows((header + items).ljust(8192, b"\0"), Lsn((7 << 32) + 8)) is held
-    assert not held_rows(bytes(8192), Lsn(8))
 
 
 def test_images_are_proven_by_the_last_record() -> None:
