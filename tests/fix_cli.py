@@ -170,8 +170,9 @@ class CommandLine:
         left = [path for path in self.folder.rglob("*") if path.name.startswith(".tmp-")]
         assert left == [], f"left behind: {left}"
         for lease in self.repository.glob("leases/*"):
-            newest = max(lease.glob("*.json"))
-            assert json.loads(newest.read_text())["holder"] is None, newest
+            # None at all where the command was stopped before it had taken its first lease.
+            newest = max(lease.glob("*.json"), default=None)
+            assert newest is None or json.loads(newest.read_text())["holder"] is None, newest
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from knockwood.errors import (
     ObjectExistsError,
     ObjectMissingError,
     RepositoryError,
+    StorageUnavailableError,
 )
 from knockwood.host import clock
 from knockwood.repository.storage import ObjectInfo, Storage
@@ -94,8 +95,11 @@ class Lease:
         self.holder.begin()
         try:
             self._advance(state.generation + 1, self.holder)
-        except BaseException:
+        except (LockHeldError, StorageUnavailableError):
             self.holder.end()
+            raise
+        except BaseException:
+            self._withdraw(state.generation + 1)
             raise
         self._thread.start()
 
@@ -119,6 +123,17 @@ class Lease:
         finally:
             if free:
                 self._busy.release()
+            self.holder.end()
+
+    def _withdraw(self, generation: int) -> None:
+        """Give back what an attempt to take the lease stored before it was broken off."""
+        try:
+            if self._written_by(self._object(generation)) == self.holder.token:
+                self._advance(generation + 1, None)
+        except KnockwoodError:
+            # Not stored, or not to be given back now: then it runs out.
+            pass
+        finally:
             self.holder.end()
 
     def _renew_until_released(self) -> None:
@@ -149,7 +164,7 @@ class Lease:
     def _advance(self, generation: int, holder: Holder | None) -> None:
         """Create a generation and make sure it is the newest; raises LockHeldError if it is not."""
         body = {"holder": holder.to_json() if holder else None, "nonce": secrets.token_hex(8)}
-        name = f"{self._folder}{generation:012d}.json"
+        name = self._object(generation)
         data = json.dumps(body, indent=1).encode()
         try:
             self._storage.put_new(name, [data])
@@ -163,7 +178,10 @@ class Lease:
             raise self._overtaken()
         self.generation = generation
         for old in generations[:-_KEPT]:
-            self._storage.delete(f"{self._folder}{old:012d}.json")
+            self._storage.delete(self._object(old))
+
+    def _object(self, generation: int) -> str:
+        return f"{self._folder}{generation:012d}.json"
 
     def _written_by(self, name: str) -> str | None:
         holder = self._read(name)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from knockwood.errors import LockHeldError, RepositoryError, StorageUnavailableError
+from knockwood.errors import LockHeldError, RepositoryError, StoppedError, StorageUnavailableError
 from knockwood.host.files import Chunk
 from knockwood.repository.leases import Lease, lease
 from knockwood.repository.storage import ObjectInfo, Storage
@@ -173,7 +173,7 @@ def test_a_lease_that_cannot_be_read_is_said(place: Place) -> None:
 
 
 class Failing:
-    """A storage whose writes fail before or after they are done, as often as `fail` says."""
+    """A storage whose writes fail, or are stopped, before or after they are done, as `fail` says."""
 
     def __init__(self, inner: Storage) -> None:
         self.inner = inner
@@ -190,6 +190,8 @@ class Failing:
         size = self.inner.put_new(name, chunks)
         if when == "after":
             raise StorageUnavailableError("down")
+        if when == "stopped":
+            raise StoppedError("stopped by SIGTERM")
         return size
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -232,6 +234,17 @@ def test_a_lease_that_could_not_be_renewed_in_time_is_found_out(tmp_path: Path) 
         storage.fail = ["before"]
         with pytest.raises(StorageUnavailableError):
             held.assert_held()
+
+
+def test_who_is_stopped_while_taking_it_gives_it_back(tmp_path: Path) -> None:
+    place = Place(storage := Failing(LocalStorage(tmp_path)))
+    storage.fail = ["stopped"]
+    with pytest.raises(StoppedError), lease(place, "backup", "base backup"):
+        pass
+    newest = max((tmp_path / "leases/backup").iterdir())
+    assert json.loads(newest.read_text())["holder"] is None, "another machine would have to wait"
+    with lease(place, "backup", "mine") as held:
+        held.assert_held()
 
 
 def test_giving_back_does_not_wait_for_a_dead_storage(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
