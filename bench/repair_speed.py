@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sections: list[str] = []
     missed: list[str] = []
     for size in given.sizes:
-        options = Options(scale=SCALES[size], runs=given.runs, clients=4)
+        options = Options(scale=SCALES[size], runs=given.runs, clients=4, text=given.text)
         with (
             work_folder(privileges.server_account()) as work,
             site(programs, work, options, peers=True, settings=_SETTINGS) as place,
@@ -96,6 +96,7 @@ def _write(server: str, given: argparse.Namespace, begun: float, sections: Seque
     head = (
         f"Knockwood {__version__}, {server}; {describe()}. Load before: {begun:.1f}."
         f" Medians of {given.runs}; {given.pages} pages, {given.rows} rows."
+        + (" Rows with text in them." if given.text else "")
     )
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "repairs.md").write_text("\n\n".join(["# Repairs", head, *sections]) + "\n")
@@ -109,6 +110,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=10_000, help="rows of the transaction")
     parser.add_argument("--barman", default="2", help="the size at which Barman restores too, or none")
     parser.add_argument("--no-warm", dest="warm", action="store_false", help="leave the shadow out")
+    parser.add_argument(
+        "--text", action="store_true", help="rows with text that compresses by half, not pgbench's blanks"
+    )
     parser.add_argument("--postgres", type=int, help="the distribution's major version")
     return parser.parse_args(arguments)
 
