@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -20,12 +21,14 @@ from knockwood.clone.partial import (
     spawn_partial,
 )
 from knockwood.clone.partial_wal import locator_of
-from knockwood.errors import KnockwoodError, RefusedError
+from knockwood.errors import KnockwoodError, RefusedError, TargetUnreachableError
 from knockwood.host import privileges
 from knockwood.postgres.connection import connect
 from knockwood.repository.backups.fetch import fetch_chain
 from knockwood.repository.backups.listing import RelationMap, relation_map
 from knockwood.repository.backups.partial import read_block
+from knockwood.repository.inventory import segment_object
+from knockwood.repository.repository import Repository
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -360,6 +363,61 @@ def test_where_blocks_cannot_be_cut_out_the_table_comes_whole(new_server: Server
             assert isinstance(clone, PartialClone)
             assert content(clone.dsn(), "large") == content(server.dsn(), "large")
             assert rows(clone.dsn(), "select id from small") == [1]
+
+
+def test_wal_that_nobody_has_read_is_read_where_nothing_comes_of_its_clone(
+    new_server: ServerFactory,
+) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.execute(_SHOP)
+        made.backup()
+        made.execute(_WORK)
+        plan = made.plan("latest", unread=True)
+        read = made.plan("latest")
+        assert plan.unread
+        assert not read.unread
+        assert (plan.target_lsn, plan.last_commit) == (read.target_lsn, read.last_commit)
+        assert [piece.segment for piece in plan.wal] == [piece.segment for piece in read.wal]
+        options = {"purpose": "test", "registry": made.registry}
+        with spawn_for(made.repository, plan, [key("wanted")], **options) as clone:
+            assert isinstance(clone, PartialClone)
+            assert content(clone.dsn(), "wanted") == content(server.dsn(), "wanted")
+        with spawn(made.repository, plan, **options) as clone:
+            assert content(clone.dsn(), "other") == content(server.dsn(), "other")
+        # A record's data, which only its checksum tells: nothing but replay comes upon it.
+        name = segment_object(plan.wal[len(plan.wal) // 2].segment)
+        stored = made.repository.find(name)
+        assert stored is not None
+        damaged = bytearray(b"".join(made.repository.read(stored)))
+        damaged[20 * 8192 + 4000] ^= 1
+        made.repository.storage.delete(stored)
+        made.repository.put(name, [bytes(damaged)])
+        for make in (partial(spawn_for, relations=[key("wanted")]), spawn):
+            fresh = Repository.open(made.repository.storage)
+            with pytest.raises(TargetUnreachableError, match=r"cannot be reached: the WAL ends at"):
+                make(fresh, plan, **options)
+        assert made.registry.records() == []
+
+
+def test_a_tablespace_made_since_is_refused(new_server: ServerFactory) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.execute(_SHOP)
+        made.backup()
+        made.execute("update wanted set v = 'changed' where id < 10")
+        before = made.plan("latest", unread=True)
+        folder = server.data_directory.parent / "elsewhere"
+        folder.mkdir()
+        privileges.give(folder, server.account)
+        made.execute(f"create tablespace elsewhere location '{folder}'")
+        made.execute("update wanted set v = 'later' where id < 10")
+        options = {"purpose": "test", "registry": made.registry}
+        with spawn_partial(made.repository, before, [key("wanted")], **options) as clone:
+            with pytest.raises(RefusedError, match=r"tablespace \d+ was created after the backup") as told:
+                clone.advance(made.plan("latest", unread=True))
+            assert told.value.where == str(folder)
+        assert list(folder.rglob("*/*")) == []
 
 
 @pytest.mark.slow

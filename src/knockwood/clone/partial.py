@@ -27,6 +27,7 @@ from knockwood.clone.workspace import Workspace
 from knockwood.errors import (
     KnockwoodError,
     NoSpaceError,
+    ObjectDamagedError,
     ObjectMissingError,
     PostgresError,
     ProgramFailedError,
@@ -40,9 +41,10 @@ from knockwood.postgres.connection import Connection, connect, translated
 from knockwood.repository.backups.listing import relation_map
 from knockwood.repository.backups.partial import Part
 from knockwood.repository.repository import Repository
+from knockwood.repository.targets import read_through
 
 if TYPE_CHECKING:
-    from knockwood.repository.targets import RestorePlan
+    from knockwood.repository.plans import RestorePlan, WalPiece
 
 __all__ = ["PartialClone", "PartialImpossibleError", "RelationKey", "spawn_for", "spawn_partial"]
 
@@ -109,12 +111,16 @@ class PartialClone(Clone):
             start = min([self.wal_filter.reached, *renewed])
         if renewed or not self.wal_filter.has_seen(plan.target_lsn):
             self.wal_filter.apply([piece.segment for piece in plan.wal], start, plan.target_lsn)
+        self.wal_filter.require_no_tablespace(plan.target_lsn or plan.backup.stop_lsn)
         pieces = self.wal_filter.pieces.values()
         if self.server.running and any(piece.outgrows(self.data_directory) for piece in pieces):
             # A server in recovery remembers how long a file is.
             self.recovery.settle()
         for part in pieces:
             part.guard(self.data_directory, self.workspace.account)
+
+    def _refuse_tablespaces(self, plan: RestorePlan, missing: Iterable[WalPiece]) -> None:
+        """The filter tells, which reads all of the WAL anyway."""
 
     def advance(self, plan: RestorePlan, progress: Report | None = None) -> Lsn:
         """Replay on to a later goal, without a restart where that can be."""
@@ -171,7 +177,7 @@ def spawn_partial(
 
     Reading any other table, index, sequence of another database, or large object of it is an error.
     Options are those of `clone.spawn.spawn`. Raises PartialImpossibleError where the relations would not
-    be whole on it, UnreadableError where PostgreSQL cannot pause at the target.
+    be whole on it, UnreadableError where PostgreSQL cannot pause at the target. The plan's WAL may be unread.
     """
     programs = programs or find_programs(plan.backup.major)
     registry = registry or Registry()
@@ -232,7 +238,8 @@ def spawn_for(
     """A clone on which `relations` can be read: a partial one, or where that is not safe a whole one.
 
     A whole one says why in `whole_because`. Either way what a transaction in progress at the target has locked
-    can be read at once. A whole one may be promoted if PostgreSQL cannot pause at the target.
+    can be read at once. A whole one may be promoted if PostgreSQL cannot pause at the target. Of a plan whose WAL is
+    unread it is read only if there comes nothing of the first attempt: TargetUnreachableError where it is not whole.
     """
     options: dict[str, Any] = {
         "purpose": purpose,
@@ -252,9 +259,18 @@ def spawn_for(
             return spawn_partial(repository, plan, relations, more=more, **options)
         except NoSpaceError:
             raise
-        except (RefusedError, PostgresError, ProgramFailedError, ObjectMissingError) as error:
+        except (
+            RefusedError,
+            PostgresError,
+            ProgramFailedError,
+            ObjectMissingError,
+            ObjectDamagedError,
+        ) as error:
+            if isinstance(error, ObjectDamagedError) and not plan.unread:
+                raise
             reason = error.what
             found = error.more if isinstance(error, PartialImpossibleError) else frozenset()
+        plan = read_through(repository, plan, lambda major: programs or find_programs(major))
         if in_pieces:
             relations = [replace(key, blocks=None) for key in relations]
         elif found and not more:

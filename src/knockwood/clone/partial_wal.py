@@ -17,13 +17,13 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from knockwood.clone.pieces import Piece
-from knockwood.clone.spool import runs
+from knockwood.clone.spool import new_tablespace, runs
 from knockwood.errors import ProgramFailedError, RecoveryFailedError, RefusedError
 from knockwood.host import files
 from knockwood.model.wal import Lsn, Timeline, WalSegment
@@ -39,6 +39,7 @@ from knockwood.postgres.walrecords import (
     HEAP2,
     SMGR,
     STANDBY,
+    TABLESPACE,
     WILL_INIT,
     XACT,
     XLOG,
@@ -61,9 +62,11 @@ _IMAGES: Final = np.array([0xA0, 0xB0], np.uint8)  # XLOG_FPI_FOR_HINT, XLOG_FPI
 _KIND: Final = 0xF0
 _CREATE, _TRUNCATE, _LOCK = 0x10, 0x20, 0x00
 _COPY_FILES, _DROP_DATABASE = 0x00, 0x20
+_MAKE_TABLESPACE: Final = 0x00
 _FORKS: Final = ("", "fsm", "vm", "init")
 _NOOP_INFO: Final = 0x20
 _HEADER = struct.Struct("<IIQBBHI")  # xl_tot_len, xl_xid, xl_prev, xl_info, xl_rmid, padding, xl_crc
+_CHANGED_AT: Final = 16  # where xl_info begins
 
 _LOCKS = re.compile(
     rb"^rmgr: Standby +len \(rec/tot\): +\d+/ *(\d+), tx: +\d+, lsn: ([0-9A-F]+/[0-9A-F]+), prev [0-9A-F/]+,"
@@ -103,6 +106,8 @@ class WalFilter:
     """Relations made by the WAL, whole in it, with the place of the record that makes them."""
     unexplained: dict[Locator, int] = field(default_factory=dict)
     """Relations that the WAL changes and that neither the backup has nor the WAL makes."""
+    tablespaces: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """Tablespaces made at a path, by the record: oid and path."""
     silenced: int = 0
     scanned: int = 0
     reached: Lsn | None = None
@@ -119,7 +124,8 @@ class WalFilter:
         tail: Tail | None = None
         previous: WalSegment | None = None
         for segment in sorted(segments, key=lambda each: each.number):
-            if segment.end <= start:
+            # One that ends there is read for the record that it leaves to the next.
+            if segment.end < start:
                 continue
             if previous is None or previous.number + 1 != segment.number:
                 tail = None
@@ -132,6 +138,12 @@ class WalFilter:
                 f"the WAL can be read only to {self.reached}, not to {target}: {complaint or 'it ends'}",
                 where=str(self.folder),
             )
+
+    def require_no_tablespace(self, end: Lsn) -> None:
+        """Raise RefusedError where WAL before or at `end` makes a tablespace at a path: replay would write there."""
+        for lsn, (oid, path) in self.tablespaces.items():
+            if Lsn(lsn) <= end:
+                raise new_tablespace(oid, str(Lsn(lsn)), path)
 
     def has_seen(self, target: Lsn | None) -> bool:
         """Whether every record up to the one at a target was looked at."""
@@ -149,6 +161,9 @@ class WalFilter:
         with files.translated(path):
             raw = np.memmap(path, np.uint8, "r+")
         found = read_segment(raw, segment, before)
+        if before is not None and before.lsn is not None and segment.end > start:
+            # What changes of the header of a record that crosses the border may lie behind it.
+            start = min(start, Lsn(before.lsn))
         with closing(Patcher(self.folder, segment.timeline, self.segment_bytes)) as patcher:
             for stretch in found.stretches:
                 records = decode(stretch)
@@ -170,6 +185,8 @@ class WalFilter:
         kind = records.info & np.uint8(_KIND)
         for row in np.flatnonzero(fresh & (records.manager == DBASE) & (kind == _COPY_FILES)):
             _refuse_copy(records.data(int(row)))
+        for row in np.flatnonzero(fresh & (records.manager == TABLESPACE) & (kind == _MAKE_TABLESPACE)):
+            self._tablespace(records.data(int(row)), int(records.lsn[row]))
         silent = (records.manager == STANDBY) & (kind == _LOCK)
         # Whoever reads would wait for a transaction in progress (such as the DROP that is to be undone),
         # which nobody can end. Nobody reads during replay.
@@ -215,6 +232,11 @@ class WalFilter:
             self.unexplained.setdefault(relation, int(lsn[fresh].min()))
         return np.ones(len(lsn), bool)
 
+    def _tablespace(self, data: bytes, lsn: int) -> None:
+        # One within the data directory has no path.
+        if path := os.fsdecode(data[4:].partition(b"\0")[0]):
+            self.tablespaces[lsn] = (int.from_bytes(data[:4], "little"), path)
+
     def _storage(self, data: bytes, kind: int, lsn: int) -> bool:
         """Storage CREATE tells that a relation is whole in the WAL; TRUNCATE would make an empty file."""
         if kind == _CREATE:
@@ -244,15 +266,21 @@ class WalFilter:
 
 def _relations(refs: References) -> tuple[list[Locator], Ints]:
     """The relations that references name, and of each reference the number of its relation."""
-    pair = (refs.database.astype(np.uint64) << np.uint64(32)) | refs.filenode
-    pairs, first = np.unique(pair, return_inverse=True)
-    spaces, second = np.unique(refs.tablespace, return_inverse=True)
-    found, code = np.unique(first * max(len(spaces), 1) + second, return_inverse=True)
+    pairs, first = _numbered((refs.database.astype(np.uint64) << np.uint64(32)) | refs.filenode)
+    spaces, second = _numbered(refs.tablespace)
+    found, code = _numbered(first * max(len(spaces), 1) + second)
     relations = []
-    for each in found:
+    for each in found.tolist():
         both = int(pairs[each // max(len(spaces), 1)])
         relations.append((int(spaces[each % max(len(spaces), 1)]), both >> 32, both & 0xFFFF_FFFF))
-    return relations, code.astype(np.int64)
+    return relations, code
+
+
+def _numbered(values: NDArray[Any]) -> tuple[NDArray[Any], Ints]:
+    """The different values, ascending, and of each one its place among them. They are few: then looking each one up
+    takes half as long as the sorting that np.unique does for the same."""
+    different = np.unique(values)
+    return different, np.searchsorted(different, values)
 
 
 def _keep_pieces(piece: Piece, refs: References, mine: Ints, lsn: Ints, keep: Flags) -> None:
@@ -306,21 +334,25 @@ def _refuse_copy(data: bytes) -> None:
 
 
 def _silence(raw: Bytes, segment: WalSegment, records: Records, rows: Ints, patcher: Patcher) -> None:
-    """Make records no-ops: where their header lies in one page of the segment all at once."""
+    """Make records no-ops: where what changes of their headers lies in the segment, of all at once.
+
+    Kind, manager and CRC are the last eight bytes of a header; records begin at multiples of eight, so that no border
+    of pages lies within these.
+    """
     lsn = records.lsn[rows]
-    near = (lsn >= segment.start.value) & (lsn % PAGE_BYTES <= PAGE_BYTES - _HEADER.size)
+    at = lsn + _CHANGED_AT - segment.start.value
+    at[lsn % PAGE_BYTES + _CHANGED_AT >= PAGE_BYTES] += SHORT_HEADER
+    near = (lsn >= segment.start.value) & (at < segment.bytes)
     for row in rows[~near]:
         patcher.silence(int(records.lsn[row]), int(records.length[row]), int(records.manager[row]))
-    rows, at = rows[near], lsn[near] - segment.start.value
+    rows, at = rows[near], at[near]
     kind = records.info[rows].astype(np.int64) << 8 | records.manager[rows]
-    kinds, which = np.unique(kind, return_inverse=True)
-    changes = np.array(
-        [crc_change(int(each >> 8) ^ _NOOP_INFO, int(each & 0xFF)) for each in kinds], np.uint32
-    )
+    changes = np.zeros(1 << 16, np.uint32)
+    for each in np.flatnonzero(np.bincount(kind)).tolist():
+        changes[each] = crc_change((each >> 8) ^ _NOOP_INFO, each & 0xFF)
     if len(rows):
-        raw.view("<u4")[(at + 20) >> 2] ^= changes[which]
-        raw[at + 16] = _NOOP_INFO
-        raw[at + 17] = 0
+        raw.view("<u4")[(at + 4) >> 2] ^= changes[kind]
+        raw.view("<u2")[at >> 1] = _NOOP_INFO
 
 
 @dataclass(slots=True)

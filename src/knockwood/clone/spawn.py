@@ -28,6 +28,7 @@ from knockwood.repository.backups.fetch import fetch_chain
 from knockwood.repository.backups.model import Progress
 from knockwood.repository.backups.partial import Part
 from knockwood.repository.repository import Repository
+from knockwood.repository.targets import read_through
 
 if TYPE_CHECKING:
     from knockwood.repository.plans import WalPiece
@@ -99,6 +100,7 @@ class Clone:
         Raises RefusedError for an earlier goal or a promoted clone: those need a clone of their own.
         """
         self._require_onward(plan)
+        plan = read_through(self.repository, plan, lambda _: self.programs)
         if self.server.running:
             self.recovery.settle()
         self.fill_spool(plan, progress)
@@ -130,7 +132,9 @@ class Clone:
         if self.lock_filter is not None:
             start = plan.backup.start_lsn
             if self.lock_filter.reached is not None:
-                start = min([self.lock_filter.reached, *(piece.segment.start for piece in missing)])
+                # A record that crosses into a segment that came anew may have its kind in that one.
+                anew = (Lsn(piece.segment.start.value - piece.segment.bytes) for piece in missing)
+                start = max(start, min([self.lock_filter.reached, *anew]))
             self.lock_filter.apply([piece.segment for piece in plan.wal], start)
         self.timings.wal = clock.monotonic() - began
 
@@ -331,9 +335,11 @@ def spawn(
     happens where PostgreSQL cannot pause: a promoted, read-only clone of the same data, or UnreadableError.
     With `free_of_locks` also relations that a transaction in progress there had locked (a DROP or TRUNCATE
     about to commit) can be read; otherwise reading them waits for ever. Clones of dead processes are removed
-    first. Raises NoSpaceError before anything is written, RecoveryFailedError if the target was not reached.
+    first. Raises NoSpaceError before anything is written, RecoveryFailedError if the target was not reached;
+    TargetUnreachableError where the plan's WAL was unread and is not whole.
     """
     programs = programs or find_programs(plan.backup.major)
+    plan = read_through(repository, plan, lambda _: programs)
     registry = registry or Registry()
     with suppress(KnockwoodError):  # somebody else's leftovers are no reason to fail
         registry.sweep()

@@ -141,9 +141,14 @@ def refuse_new_tablespaces(
         out = processes.run(command, env={"LC_ALL": "C", "PATH": os.environ.get("PATH", "")}, check=False).out
         match = _CREATED.search(out)
         if match is not None:
-            raise RefusedError(
-                f"tablespace {match[2]} was created after the backup (at {match[1]}), in {match[3]};"
-                " replay would write there, over the live one if this is its machine",
-                where=match[3],
-                hint="restore from a backup taken after that, or to a point before it",
-            )
+            raise new_tablespace(int(match[2]), match[1], match[3])
+
+
+def new_tablespace(oid: int, lsn: str, path: str) -> RefusedError:
+    """Why WAL that makes a tablespace at a path is not replayed."""
+    return RefusedError(
+        f"tablespace {oid} was created after the backup (at {lsn}), in {path};"
+        " replay would write there, over the live one if this is its machine",
+        where=path,
+        hint="restore from a backup taken after that, or to a point before it",
+    )

@@ -44,16 +44,22 @@ def commit_plan(
 ) -> RestorePlan:
     """The plan to just after the commit record that starts at `commit`.
 
-    With `since` its backup is from before that position, so that a clone can stop anywhere from there on.
+    With `since` its backup is from before that position, so that a clone can stop anywhere from there on. Its WAL is
+    unread: clones are made of it, which read it.
     Raises TargetUnreachableError like `resolve`, RefusedError where no commit record starts there or no
     backup is old enough.
     """
     along = timeline_holding(WalArchive(repository).inventory(), timeline, commit)
-    plan = resolve(repository, ToLsn(commit), timeline=along, programs_for=programs_for)
+    plan = resolve(repository, ToLsn(commit), timeline=along, unread=True, programs_for=programs_for)
     if since is not None and plan.backup.stop_lsn > since:
-        older = resolve(repository, ToLsn(since), timeline=along, programs_for=programs_for)
+        older = resolve(repository, ToLsn(since), timeline=along, unread=True, programs_for=programs_for)
         plan = resolve(
-            repository, ToLsn(commit), timeline=along, backup=older.backup.id, programs_for=programs_for
+            repository,
+            ToLsn(commit),
+            timeline=along,
+            backup=older.backup.id,
+            unread=True,
+            programs_for=programs_for,
         )
     if plan.target_lsn != commit:
         raise RefusedError(

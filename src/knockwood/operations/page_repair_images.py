@@ -203,7 +203,9 @@ class GoodImages:
         fresh = bring_up_to_date(self.cluster, self.repository)
         if not fresh.complete:
             raise RefusedError(fresh.detail, hint="keep `knockwood wal receive` running, and try again")
-        return resolve(self.repository, Latest(), backup=backup, programs_for=self.cluster.programs)
+        return resolve(
+            self.repository, Latest(), backup=backup, unread=True, programs_for=self.cluster.programs
+        )
 
     def _move_on(self, clone: Clone, backup: str, target: Target) -> None:
         """Have a clone that cannot be promoted write what is in its buffers: it may once it has replayed a

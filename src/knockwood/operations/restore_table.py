@@ -82,7 +82,9 @@ def restore_table(
             "the file exists already", where=str(file), hint="name one that does not exist yet"
         )
     began = clock.monotonic()
-    plan = resolve(repository, target, backup=backup, accept_loss=accept_loss, programs_for=programs_for)
+    plan = resolve(
+        repository, target, backup=backup, accept_loss=accept_loss, unread=apply, programs_for=programs_for
+    )
     name = _copy_name(table.table)
     place = str(file) if file else f"{SCHEMA}.{name}"
     outcome = TableOutcome(table, place, False, _steps(plan, table, name, file), plan)

@@ -75,7 +75,9 @@ def restore_in_place(
     """
     if mode not in MODES:
         raise UsageError(f"not a mode: {mode!r}", hint=f"one of {', '.join(MODES)}")
-    plan = resolve(repository, target, backup=backup, accept_loss=accept_loss, programs_for=programs_for)
+    plan = resolve(
+        repository, target, backup=backup, accept_loss=accept_loss, unread=True, programs_for=programs_for
+    )
     spawned = _spawn(repository, plan, table, programs_for, progress, registry or Registry(state))
     with spawned as clone:
         found = _examine(clone, cluster, plan, table, live_dsn, mode)
@@ -118,6 +120,7 @@ def table_handler(
             repository,
             ToLsn(Lsn.parse(step.arguments["as_of"])),
             backup=step.arguments["backup"],
+            unread=True,
             programs_for=programs_for,
         )
         with _spawn(repository, plan, table_of(step), programs_for, progress, registry) as clone:

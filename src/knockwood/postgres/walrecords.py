@@ -17,7 +17,7 @@ from knockwood.postgres.walpages import Bytes, Ints, Stretch
 HEADER_BYTES = 24
 
 # Resource managers (rmgrlist.h), the same in all these versions.
-XLOG, XACT, SMGR, DBASE, STANDBY, HEAP2, HEAP, LOGICALMSG = 0, 1, 2, 4, 8, 9, 10, 21
+XLOG, XACT, SMGR, DBASE, TABLESPACE, STANDBY, HEAP2, HEAP, LOGICALMSG = 0, 1, 2, 4, 5, 8, 9, 10, 21
 
 FORK_MASK, HAS_IMAGE, HAS_DATA, WILL_INIT, SAME_REL = 0x0F, 0x10, 0x20, 0x40, 0x80
 _HAS_HOLE, _COMPRESSED = 0x01, 0x1C

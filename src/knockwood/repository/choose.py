@@ -160,9 +160,22 @@ class _Chooser:
         facts = self._lookup.read(self._route, backup.start_lsn, min(until, self._route.archive_end()))
         return self._route.reach(backup.start_lsn, facts)
 
+    def _last(self, backup: Backup, until: Lsn, before: Lsn | None = None) -> tuple[Reach, Commit | None]:
+        """How far the WAL up to `until` can be followed, and the last commit there, starting before `before`.
+
+        Where the WAL is not read otherwise, looking for the commit may be what shows damage.
+        """
+        reach = self._reach(backup, until)
+        while True:
+            end = reach.end if before is None else min(before, reach.end)
+            last = self._lookup.last(self._route, backup.stop_lsn, end)
+            again = self._reach(backup, until)
+            if again == reach:
+                return reach, last
+            reach = again
+
     def _latest(self, backup: Backup) -> _End:
-        reach = self._reach(backup, self._route.archive_end())
-        last = self._lookup.last(self._route, backup.stop_lsn, reach.end)
+        reach, last = self._last(backup, self._route.archive_end())
         short = None
         if reach.stop is not Stop.END:
             short = self._missing(reach, last, self._route.archive_end(), None, reach.reason)
@@ -170,9 +183,8 @@ class _Chooser:
 
     def _to_lsn(self, backup: Backup, lsn: Lsn) -> _End:
         # A commit record that begins at the target may go on into the next segment.
-        reach = self._reach(backup, lsn + self._route.segment_bytes)
+        reach, last = self._last(backup, lsn + self._route.segment_bytes, lsn + 1)
         wanted = record_floor(lsn, self._route.segment_bytes)
-        last = self._lookup.last(self._route, backup.stop_lsn, min(lsn + 1, reach.end))
         short = self._missing(reach, last, lsn, None, reach.reason) if reach.end < wanted else None
         return _End(backup, reach, last, True, self._contained(backup, last), short)
 

@@ -54,7 +54,8 @@ class CommitLookup(Protocol):
 class ArchiveReader:
     """Answers from a repository; implements CommitLookup. `folder` is a private temporary one.
 
-    What is read goes to `keep` as far as that has room.
+    What is read goes to `keep` as far as that has room. With `unread` a range that is asked for with `read` is taken
+    for whole; what holds the commits in question is read all the same.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class ArchiveReader:
         state: State | None = None,
         progress: Progress | None = None,
         keep: Kept | None = None,
+        *,
+        unread: bool = False,
     ) -> None:
         self.inventory = inventory
         self.segments: dict[WalSegment, SegmentFacts] = {}
@@ -80,6 +83,7 @@ class ArchiveReader:
         self._folder = folder
         self._progress = progress
         self._keep = keep
+        self._unread = unread
         self._read: set[WalSegment] = set()
         self._scanned: dict[tuple[Timeline, int], tuple[Commit, ...]] = {}
         for entry in (state.current(listing).objects if state else {}).values():
@@ -128,9 +132,12 @@ class ArchiveReader:
         return None
 
     def read(self, route: Route, start: Lsn, end: Lsn) -> WalFacts:
-        wanted = [segment for segment, _ in route.pieces(start, end)]
-        self.read_segments(wanted)
+        if not self._unread:
+            self._read_range(route, start, end)
         return self.facts()
+
+    def _read_range(self, route: Route, start: Lsn, end: Lsn) -> None:
+        self.read_segments([segment for segment, _ in route.pieces(start, end)])
 
     def read_segments(self, wanted: Sequence[WalSegment]) -> None:
         """Walk the segments that were not read yet."""
@@ -244,7 +251,7 @@ class ArchiveReader:
             until = (
                 min(_at(number, route) + CHUNK_BYTES, ahead) if ahead is not None else _at(number + 1, route)
             )
-            self.read(route, _at(number, route), max(until, _at(number + 1, route)))
+            self._read_range(route, _at(number, route), max(until, _at(number + 1, route)))
         return self.segments.get(place[0])
 
     def _present(self, route: Route, numbers: Sequence[int]) -> list[int]:

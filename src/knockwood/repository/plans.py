@@ -103,7 +103,8 @@ class RestorePlan:
     `chain` is the backup and its ancestors, the full one first. `target_lsn` is the start of a commit
     record, contained if `inclusive`; None means the backup's own consistent state
     (recovery_target=immediate), with nothing committed after it. `last_commit` is the last contained
-    one (None if the WAL read holds none). `missing` is what is accepted to be lost.
+    one (None if the WAL read holds none). `missing` is what is accepted to be lost. `unread`: its WAL is there, but
+    nobody has read whether it is whole.
     """
 
     chain: tuple[Backup, ...]
@@ -115,6 +116,7 @@ class RestorePlan:
     last_commit: Commit | None
     missing: Missing | None
     warnings: tuple[str, ...] = ()
+    unread: bool = False
 
     @property
     def backup(self) -> Backup:

@@ -97,6 +97,7 @@ def resolve(
     timeline: Timeline | None = None,
     accept_loss: bool = False,
     prefer_proved: bool = True,
+    unread: bool = False,
     programs_for: Callable[[int], Programs] = find_programs,
     progress: Progress | None = None,
     keep: Kept | None = None,
@@ -107,11 +108,13 @@ def resolve(
     earlier one with the same Repository object or an earlier `verify`. Raises TargetUnreachableError, naming the
     last reachable commit, where the target cannot be reached and `accept_loss` is not given, or where nothing
     can be restored at all; ObjectMissingError for an unknown backup; ProgramsMissingError, WrongKeyError.
+    With `unread` (and no loss accepted) only the WAL at the target is read: for a clone that reads all of it
+    itself, and calls `read_through` if it comes to nothing.
     The files that this call reads go to `keep`. Unless `prefer_proved` is off (for who is about to prove it), an
     incremental backup of which no proof held is taken only where no full one leads to the target.
     """
     for _ in range(_ATTEMPTS):
-        asked = _Question(repository, programs_for, progress, keep)
+        asked = _Question(repository, programs_for, progress, keep, unread=unread and not accept_loss)
         asked.choose(target, timeline, backup, accept_loss=accept_loss, prefer_proved=prefer_proved)
         try:
             plan = asked.answer()
@@ -128,6 +131,20 @@ def resolve(
     )
 
 
+def read_through(
+    repository: Repository, plan: RestorePlan, programs_for: Callable[[int], Programs] = find_programs
+) -> RestorePlan:
+    """The plan with all of its WAL read. Raises TargetUnreachableError, as `resolve`, where that is not whole."""
+    if not plan.unread:
+        return plan
+    end = plan.target_lsn if plan.target_lsn is not None else plan.backup.stop_lsn
+    found = resolve(
+        repository, ToLsn(end), timeline=plan.timeline, backup=plan.backup.id, programs_for=programs_for
+    )
+    known = {piece.segment: piece for piece in found.wal}
+    return replace(plan, wal=tuple(known.get(piece.segment, piece) for piece in plan.wal), unread=False)
+
+
 class _Question:
     """One look at an archive that may be written to meanwhile."""
 
@@ -137,11 +154,14 @@ class _Question:
         programs_for: Callable[[int], Programs],
         progress: Progress | None,
         keep: Kept | None,
+        *,
+        unread: bool,
     ) -> None:
         self._repository = repository
         self._programs_for = programs_for
         self._progress = progress
         self._keep = keep
+        self._unread = unread
         # Backups first: one that is listed has its WAL there already.
         self._backups = list_backups(repository)
         archive = WalArchive(repository)
@@ -188,12 +208,13 @@ class _Question:
                         state,
                         self._progress,
                         self._keep,
+                        unread=self._unread,
                     )
                 )
                 return self._readers[-1]
 
             try:
-                return choose(self._choice, lookup)
+                return replace(choose(self._choice, lookup), unread=self._unread)
             finally:
                 self._remember()
 
@@ -223,5 +244,6 @@ __all__ = [
     "ToTime",
     "WalPiece",
     "parse_target",
+    "read_through",
     "resolve",
 ]

@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import fix_wal
+from fix_wal import BASE, Writer
 from knockwood.clone.partial_wal import _LOCKS, Patcher, WalFilter, _silence, crc_change, locator_of
 from knockwood.clone.pieces import Piece
 from knockwood.errors import RecoveryFailedError, RefusedError
@@ -285,6 +287,35 @@ def test_records_are_made_no_ops_in_bulk_as_one_by_one(tmp_path: Path) -> None:
     one, other = ((path / segment.name).read_bytes() for path in paths)
     assert one == other
     assert one != bytes(content)
+
+
+@pytest.mark.parametrize("inside", [8, 16])
+def test_a_record_that_crosses_into_a_segment_fetched_anew_is_silenced_there_again(
+    tmp_path: Path, inside: int
+) -> None:
+    """The segment before is as it was; of the record's header the end, with its kind, lies in the new one."""
+    writer = Writer()
+    border = BASE + fix_wal.SIZE
+    writer.record(20)
+    while border - writer.position > 2000:
+        writer.record(1000)
+    # 24 bytes of header and 2 before the data of a record; the next one begins so far before the border.
+    writer.record(border - inside - writer.position - 24 - 5)
+    crossing = writer.record(40, manager=STANDBY)
+    writer.record(40, manager=STANDBY)
+    pairs = writer.segments()
+    for segment, raw in pairs:
+        (tmp_path / segment.name).write_bytes(raw.tobytes())
+    assert crossing == border - inside
+    known = WalFilter(tmp_path, fix_wal.SIZE, frozenset(), frozenset())
+    both = [segment for segment, _ in pairs]
+    known.apply(both, Lsn(BASE), None)
+    last = tmp_path / both[1].name
+    first = last.read_bytes()
+    assert first != pairs[1][1].tobytes()
+    last.write_bytes(pairs[1][1].tobytes())
+    known.apply(both, both[1].start, None)
+    assert last.read_bytes() == first
 
 
 @pytest.mark.parametrize("length", [b"    54/    54", b"    54/100054", b"100054/1100054"])
