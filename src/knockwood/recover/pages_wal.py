@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 from knockwood.errors import ProgramFailedError
 from knockwood.model.wal import Lsn, Timeline, WalSegment
 from knockwood.postgres.binaries import Programs
-from knockwood.postgres.waldump import first_record, stopped
+from knockwood.postgres.waldump import stopped
 from knockwood.postgres.walimages import WalImages
 from knockwood.postgres.walreader import (
     Reader,
@@ -22,9 +19,6 @@ from knockwood.postgres.walreader import (
     record_end,
 )
 from knockwood.recover.plan.page_wal import BlockRecord
-
-_PART_BYTES: Final = 64 << 20
-"""At least so much WAL for a process of its own."""
 
 Node = tuple[int, int, int]
 """Tablespace, database, relation file number, as WAL names a relation."""
@@ -52,51 +46,24 @@ def block_records(
 ) -> dict[int, list[BlockRecord]]:
     """The records in [start, end) that name the blocks, in order; each block asked for has its list.
 
-    Much WAL is read by several processes at once. Raises ProgramFailedError where WAL is missing or damaged: then
-    nothing is proven.
+    Raises ProgramFailedError where WAL is missing or damaged: then nothing is proven.
     """
+    found: dict[int, list[BlockRecord]] = {block: [] for block in blocks}
     if end <= start or not blocks:
-        return {block: [] for block in blocks}
+        return found
     available = files_end(folder, timeline, start, segment_bytes)
     if available < end:
         name = WalSegment.containing(timeline, available, segment_bytes).name
         raise ProgramFailedError(f"segment {name} is missing", where=str(folder))
     reader = Reader(programs, folder, timeline, segment_bytes, None)
+    taker = _Taker(WalImages(folder, timeline, segment_bytes), node, fork, found)
     options = [f"--relation={'/'.join(map(str, node))}", f"--fork={fork}"]
     if len(blocks) == 1:
         options.append(f"--block={min(blocks)}")
-
-    def read(part: tuple[Lsn, Lsn]) -> dict[int, list[BlockRecord]]:
-        found: dict[int, list[BlockRecord]] = {block: [] for block in blocks}
-        taker = _Taker(WalImages(folder, timeline, segment_bytes), node, fork, found)
-        complaint = reader.stream(options, *part, taker.take)
-        if complaint is not None and not stopped(reader, complaint, part[0], part[0], ()).sound:
-            raise ProgramFailedError(f"WAL cannot be read: {complaint.strip()}", where=str(folder))
-        return found
-
-    parts = _parts(reader, start, end)
-    with ThreadPoolExecutor(len(parts)) as pool:
-        results = list(pool.map(read, parts))
-    return {block: [record for found in results for record in found[block]] for block in blocks}
-
-
-def _parts(reader: Reader, start: Lsn, end: Lsn) -> list[tuple[Lsn, Lsn]]:
-    """The range in parts to be read at once, each but the first from the first record that begins in a segment.
-
-    The record that crosses into that segment ends there, and belongs to the part before with all its checks; what
-    nobody compares is the link that leads back over the border.
-    """
-    size = reader.segment_bytes
-    count = min(os.cpu_count() or 1, (end - start) // _PART_BYTES)
-    borders = [start]
-    for number in range(1, count):
-        near = start.value + (end - start) * number // count
-        first = first_record(
-            reader.programs, reader.folder, reader.timeline, Lsn(near // size * size), end, size
-        )
-        if first is not None and first > borders[-1]:
-            borders.append(first)
-    return list(pairwise([*borders, end]))
+    complaint = reader.stream(options, start, end, taker.take)
+    if complaint is not None and not stopped(reader, complaint, start, start, ()).sound:
+        raise ProgramFailedError(f"WAL cannot be read: {complaint.strip()}", where=str(folder))
+    return found
 
 
 class _Taker:
