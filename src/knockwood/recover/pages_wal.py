@@ -68,8 +68,8 @@ def block_records(
 
     def read(part: tuple[Lsn, Lsn]) -> dict[int, list[BlockRecord]]:
         found: dict[int, list[BlockRecord]] = {block: [] for block in blocks}
-        taker = _Taker(WalImages(folder, timeline, segment_bytes), node, fork, found)
-        complaint = reader.stream(options, *part, taker.take)
+        with WalImages(folder, timeline, segment_bytes) as images:
+            complaint = reader.stream(options, *part, _Taker(images, node, fork, found).take)
         if complaint is not None and not stopped(reader, complaint, part[0], part[0], ()).sound:
             raise ProgramFailedError(f"WAL cannot be read: {complaint.strip()}", where=str(folder))
         return found
@@ -117,7 +117,7 @@ class _Taker:
                 has_image = bool(image)
                 # An update begins the page of the new version anew (reference 0), not that of the old one.
                 done = kind if number == b"0" else kind.removesuffix(b"+INIT")
-                inner = self._wal.image_lsn(start, total, int(number)) if has_image else None
+                inner = self._wal.image_lsn(start, int(number)) if has_image else None
                 records.append(
                     BlockRecord(
                         start,
