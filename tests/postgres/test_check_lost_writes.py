@@ -94,7 +94,7 @@ def test_without_wal_nothing_is_green(new_server: ServerFactory) -> None:
 
 @pytest.mark.slow
 def test_many_blocks_are_judged_in_parts(new_server: ServerFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("knockwood.integrity.checks.lost_writes._MOST_BLOCKS", 20)
+    monkeypatch.setattr("knockwood.integrity.block_audit._MOST_BLOCKS", 20)
     server = shop(new_server)
     table = path_of(server, "shop")
     with faults.offline(server) as folder:

@@ -74,7 +74,7 @@ def test_commits_of_every_kind_are_read(
     assert commit_of(server.programs, folder, ONE, 4_000_000, start, end, SIZE) is None
     stretches = block_references(server.programs, folder, ONE, start, end, SIZE)
     references = [reference for stretch in stretches for reference in stretch]
-    assert any((r.fork[2:], r.block, r.image) == ((oid[1], "main"), 0, False) for r in references)
+    assert any((r.fork[2:], r.block, r.touch, r.image) == ((oid[1], "main"), 0, 0, -1) for r in references)
     assert all(r.following is None or r.lsn < r.following <= end.value for r in references)
     assert [r.lsn for r in references] == sorted(r.lsn for r in references)
     kinds = {event.kind for event in relation_events(server.programs, folder, ONE, start, end, SIZE)}

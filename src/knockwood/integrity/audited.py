@@ -12,10 +12,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 from knockwood.errors import HostError
 from knockwood.host import files
 from knockwood.integrity.check import Subject
+from knockwood.integrity.last_changes import LastChanges
 from knockwood.model import Lsn
 from knockwood.postgres.connection import translated
 
@@ -51,7 +53,8 @@ def without(whole: Span, spans: Sequence[Span]) -> list[Span]:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The spans that held, in one file; `path` is None where nothing can be remembered."""
+    """The spans that held, in one file, and the last changes of blocks in them, in another beside it; `path` is
+    None where nothing can be remembered."""
 
     path: Path | None
     identity: str
@@ -85,12 +88,31 @@ class Memory:
         except (OSError, ValueError, KeyError, TypeError):
             return []
 
-    def save(self, spans: Sequence[Span], floor: Lsn) -> None:
-        """Remember the spans, as far as they reach beyond `floor`."""
+    def changes(self) -> LastChanges:
+        """The last changes of blocks in what is remembered; nothing where that cannot be read for certain."""
+        if self.path is None or not self.load():
+            return LastChanges()
+        try:
+            head, _, rest = self._changes.read_bytes().partition(b"\n")
+            return LastChanges.from_bytes(rest) if head.decode() == self.identity else LastChanges()
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return LastChanges()
+
+    def save(self, spans: Sequence[Span], floor: Lsn, changes: LastChanges | None) -> None:
+        """Remember the spans, as far as they reach beyond `floor`, and the last changes in them (None: as before)."""
         if self.path is None:
             return
         held = [[str(start), str(end)] for start, end in united(spans) if end >= floor]
         try:
+            if changes is not None:
+                changes.limit()
+                # Those of WAL that will be read again do no harm: what an image must hold lies before it.
+                files.replace(self._changes, self.identity.encode() + b"\n" + changes.as_bytes())
             files.replace(self.path, json.dumps({"identity": self.identity, "held": held}).encode())
         except HostError:
             pass  # then the next run reads the same WAL again
+
+    @property
+    def _changes(self) -> Path:
+        assert self.path is not None
+        return self.path.with_suffix(".changes")

@@ -64,6 +64,12 @@ class PageRepairs(GoodImages):
     def handlers(self) -> tuple[Handler, ...]:
         return (_Pages(self), _Maps(self), _Rows(self), _Reindex(self))
 
+    def say_mended(self, words: Mapping[str, Any], images: Mapping[int, Lsn]) -> None:
+        """Say in the WAL that blocks of a step's table have what these images of old pages lack."""
+        with connect(with_words(self.subject.dsn, dbname=words["database"])) as connection:
+            target = facts.target_of(connection, words["database"], words["oid"])
+        facts.say_mended(self.subject, target, images)
+
 
 def _keeper(journal: StepJournal) -> Callable[[str, bytes], None]:
     """Keeps evidence; a page that has changed since the first time is kept as well, under another name."""
@@ -110,6 +116,8 @@ class _Pages(_OnItsOwn):
     def run(self, step: Step, journal: StepJournal) -> StepResult:
         words = step.arguments
         done = self._repaired(words, journal)
+        if done.old_images:
+            self.context.say_mended(words, done.old_images)
         others = standbys(self.context.subject)
         verdict = f"mended {len(done.mended)} pages" if done.mended else "the pages were sound already"
         if done.unproven:
@@ -211,6 +219,9 @@ class _Rows(_OnItsOwn):
         done = rows.replace_rows(
             context.subject, target, stale, true, words["blocks"], keep=_keeper(journal), note=journal.note
         )
+        # Also where another run had brought them over and was killed before it said so.
+        images = {int(damage["block"]): Lsn.parse(damage["first_after"]) for damage in words["damages"]}
+        context.say_mended(words, images)
         counts = Counter(str(mend.change) for mend in done.mends)
         return StepResult(
             step.kind,

@@ -51,11 +51,13 @@ _OLDER: Final = 2
 class Seen:
     """What a check knows of a page's last change: the record's start, and up to where it read the WAL.
 
-    None: it knows of no record.
+    None: it knows of no record. Where the page was used again without that change, `read_to` is where (`used`):
+    what came later was built on the old page.
     """
 
     lsn: Lsn | None = None
     read_to: Lsn | None = None
+    used: bool = False
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -224,6 +226,12 @@ class _Planning:
                 seen.lsn if any(each.start_lsn <= seen.lsn for each in known) else seen.read_to or seen.lsn
             )
             known = [each for each in known if each.start_lsn <= limit]
+        if not known and seen.used:
+            raise ObjectMissingError(
+                f"every base backup is younger than the image of the old page, at {seen.read_to}: none has what"
+                " the page held before",
+                hint="what is missing has to be found elsewhere: the rows changed at the record that was lost",
+            )
         if not known:
             raise ObjectMissingError(
                 "there is no base backup from before the damage was found",
@@ -382,6 +390,9 @@ def _with_lsn(item: Finding | PageRef) -> dict[PageRef, Seen]:
     told = item.evidence.get("last_record")
     if not isinstance(told, str):
         return dict.fromkeys(pages_of(item), Seen())
+    image = item.evidence.get("image")
+    if isinstance(image, str):
+        return dict.fromkeys(pages_of(item), Seen(Lsn.parse(told), Lsn.parse(image), used=True))
     read = _READ.match(str(item.evidence.get("wal", "")))
     return dict.fromkeys(pages_of(item), Seen(Lsn.parse(told), Lsn.parse(read[1]) if read else None))
 

@@ -11,10 +11,11 @@ from typing import Final, NamedTuple
 from knockwood.errors import HostError
 from knockwood.host import files
 from knockwood.model.wal import Lsn, Timeline, WalSegment
+from knockwood.postgres.walcompression import lz4_head, pglz_head, zstd_head
 from knockwood.postgres.walreader import LONG_HEADER, PAGE_BYTES, SHORT_HEADER, Reader, parse_lsn
 from knockwood.postgres.walrefs import Fork
 
-_SIZE: Final = re.compile(rb"len \(rec/tot\): +\d+/ *(\d+), tx: +\d+, lsn: ([0-9A-F]+/[0-9A-F]+),")
+_LSN: Final = re.compile(rb", lsn: ([0-9A-F]+/[0-9A-F]+),")
 _IMAGE_OF: Final = re.compile(
     rb"blkref #(\d+): rel (\d+)/(\d+)/(\d+)(?: fork (\w+))? blk (\d+)(?: \(FPW[^)]*\)| FPW)"
 )
@@ -25,16 +26,17 @@ _HAS_IMAGE: Final = 0x10
 _SAME_RELATION: Final = 0x80
 _HAS_HOLE: Final = 0x01
 _APPLY: Final = 0x02
-_PGLZ: Final = 0x04
-_OTHER_COMPRESSION: Final = 0x18
+_METHODS: Final = {0x04: pglz_head, 0x08: lz4_head, 0x10: zstd_head}
+_COMPRESSED: Final = 0x1C
 _MAX_BLOCK_ID: Final = 32
+_HEADERS: Final = 1024
+"""More than the headers of a record take: 33 blocks of at most 27 bytes each."""
 
 
 class PageImage(NamedTuple):
-    """Where an image is: its record's start and size in bytes, and the number of its block reference."""
+    """Where an image is: its record's start, and the number of its block reference."""
 
     lsn: Lsn
-    total: int
     number: int
 
 
@@ -46,70 +48,107 @@ def first_images(reader: Reader, start: Lsn, end: Lsn) -> dict[tuple[Fork, int],
         for line in block.split(b"\n"):
             if b" FPW" not in line and b"(FPW" not in line:
                 continue
-            head = _SIZE.search(line)
+            head = _LSN.search(line)
             if head is None:
                 continue
-            place = Lsn(parse_lsn(head[2])), int(head[1])
+            lsn = Lsn(parse_lsn(head[1]))
             for number, space, base, node, fork, page in _IMAGE_OF.findall(line):
                 key = (int(space), int(base), int(node), (fork or b"main").decode()), int(page)
-                found.setdefault(key, PageImage(*place, int(number)))
+                found.setdefault(key, PageImage(lsn, int(number)))
 
     reader.stream([], start, end, take)
     return found
 
 
 class WalImages:
-    """Raw WAL in files: the page LSN in the images of its records (access/xloginsert.c)."""
+    """Raw WAL in files: the page LSN in the images of its records (access/xloginsert.c). Of a record only the bytes
+    that are needed are read; the last file stays open until `close`."""
 
     def __init__(self, folder: Path, timeline: Timeline, segment_bytes: int) -> None:
         self._folder = folder
         self._timeline = timeline
         self.segment_bytes = segment_bytes
+        self._open: tuple[int, int] | None = None
 
-    def image_lsn(self, lsn: Lsn, total: int, number: int) -> Lsn | None:
-        """The page LSN of the image of the record's block reference `number`; None where it is compressed
-        by a method that is not read here, or replay does not use it."""
-        record = self._record(lsn, total)
-        place = _image(record, number)
+    def __enter__(self) -> WalImages:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
+
+    def image_lsn(self, lsn: Lsn, number: int) -> Lsn | None:
+        """The page LSN of the image of the block reference `number` of the record at `lsn`; None where replay does
+        not use it, or it is compressed by a method that is not known.
+
+        Raises HostError where the WAL is not there or ends too early.
+        """
+        # Mostly one read will do: up to the end of the WAL page there is no header of one in between.
+        head = self._pread(lsn.value, min(_HEADERS, PAGE_BYTES - lsn.value % PAGE_BYTES))
+        total = int.from_bytes(head[:4], "little")
+        if len(head) < min(_HEADERS, total):
+            head = self._bytes(lsn, 0, min(_HEADERS, total))
+        place = _image(head, number, total)
         if place is None:
             return None
         offset, length, info = place
-        if not info & _APPLY or info & _OTHER_COMPRESSION:
+        if not info & _APPLY:
             return None
-        data = record[offset : offset + length]
-        head = _pglz_head(data, 8) if info & _PGLZ else data[:8]
-        if len(head) < 8:
+        compressed = info & _COMPRESSED
+        needed = length if compressed else 8
+        whole = offset + needed <= len(head)
+        data = head[offset : offset + needed] if whole else self._bytes(lsn, offset, needed)
+        if compressed:
+            data = _METHODS[compressed](data, 8) if compressed in _METHODS else b""
+        if len(data) < 8:
             return None
-        high, low = struct.unpack("<II", head)
+        high, low = struct.unpack("<II", data)
         return Lsn(high << 32 | low)
 
-    def _record(self, lsn: Lsn, total: int) -> bytes:
-        """A record's bytes without the headers of the pages that it crosses."""
+    def _bytes(self, lsn: Lsn, skip: int, count: int) -> bytes:
+        """Bytes of a record, which the headers of the pages that it crosses interrupt."""
         pieces: list[bytes] = []
-        position, left = lsn.value, total
-        while left:
-            segment = WalSegment.containing(self._timeline, Lsn(position), self.segment_bytes)
-            room = min(PAGE_BYTES - position % PAGE_BYTES, left)
-            path = self._folder / segment.name
-            with files.translated(path), path.open("rb") as file:
-                piece = os.pread(file.fileno(), room, position - segment.start.value)
-            if len(piece) != room:
-                raise HostError("the WAL file is too short", where=str(path))
-            pieces.append(piece)
-            position, left = position + room, left - room
-            if left:
-                position += LONG_HEADER if position % self.segment_bytes == 0 else SHORT_HEADER
+        position = lsn.value
+        while count:
+            room = PAGE_BYTES - position % PAGE_BYTES
+            if skip < room:
+                wanted = min(room - skip, count)
+                piece = self._pread(position + skip, wanted)
+                if len(piece) != wanted:
+                    raise HostError("the WAL file is too short", where=str(self._folder))
+                pieces.append(piece)
+                count -= wanted
+            skip = max(skip - room, 0)
+            position += room
+            position += LONG_HEADER if position % self.segment_bytes == 0 else SHORT_HEADER
         return b"".join(pieces)
 
+    def _pread(self, position: int, count: int) -> bytes:
+        """What the file that holds a position has there: less than asked for where it ends."""
+        number, offset = divmod(position, self.segment_bytes)
+        if self._open is None or self._open[0] != number:
+            self.close()
+            path = self._folder / WalSegment(self._timeline, number, self.segment_bytes).name
+            with files.translated(path):
+                self._open = number, os.open(path, os.O_RDONLY)
+        try:
+            return os.pread(self._open[1], count, offset)
+        except OSError as error:
+            raise HostError(f"WAL cannot be read: {error.strerror}", where=str(self._folder)) from error
 
-def _image(record: bytes, number: int) -> tuple[int, int, int] | None:
+
+def _image(record: bytes, number: int, total: int) -> tuple[int, int, int] | None:
     """Offset, length and flags of the image of a block reference (xlogreader.c, DecodeXLogRecord).
 
-    Headers come first, then the data of all of them: what is left shows where the headers end.
+    Headers come first, then the data of all of them: what is left of `total` bytes shows where the headers end.
     """
     at, data_bytes = _RECORD_HEADER, 0
     images: dict[int, tuple[int, int, int]] = {}
-    while len(record) - at > data_bytes:
+    while total - at > data_bytes:
         identity = record[at]
         if identity > _MAX_BLOCK_ID:
             size, more = _other_header(record, at)
@@ -121,7 +160,7 @@ def _image(record: bytes, number: int) -> tuple[int, int, int] | None:
         at += 4
         if flags & _HAS_IMAGE:
             image_bytes, _, info = struct.unpack_from("<HHB", record, at)
-            at += 5 + (2 if info & (_PGLZ | _OTHER_COMPRESSION) and info & _HAS_HOLE else 0)
+            at += 5 + (2 if info & _COMPRESSED and info & _HAS_HOLE else 0)
             images[identity] = (data_bytes, image_bytes, info)
             data_bytes += image_bytes
         data_bytes += length
@@ -145,30 +184,3 @@ def _other_header(record: bytes, at: int) -> tuple[int, int]:
         case 252:  # top-level transaction
             return 5, 0
     return 0, 0
-
-
-def _pglz_head(data: bytes, wanted: int) -> bytes:
-    """The first bytes of what pglz compressed (common/pg_lzcompress.c)."""
-    out = bytearray()
-    at = 0
-    while at < len(data) and len(out) < wanted:
-        control = data[at]
-        at += 1
-        for bit in range(8):
-            if at >= len(data) or len(out) >= wanted:
-                break
-            if control >> bit & 1:
-                length = (data[at] & 0x0F) + 3
-                back = (data[at] & 0xF0) << 4 | data[at + 1]
-                at += 2
-                if length == 18:
-                    length += data[at]
-                    at += 1
-                if not 0 < back <= len(out):
-                    return b""
-                for _ in range(length):
-                    out.append(out[-back])
-            else:
-                out.append(data[at])
-                at += 1
-    return bytes(out[:wanted])

@@ -26,19 +26,24 @@ Kind = tuple[str, str]
 """A record's resource manager and the first word of its description (`INSERT+INIT`)."""
 
 
+_Place = tuple[int, bytes, int]
+"""The number of a line, what it says of one block, and what the record is taken for."""
+
+
 class BlockReference(NamedTuple):
     """One block that a record touched. `lsn` is the record's start, `following` the next one's (ints, for
     speed; None where there is no next one).
 
-    `image` tells a bare full-page image; `apart` that the record is of a kind told apart.
+    `touch` is what the reader of the WAL takes the record for (0: a change); `image` the number of the block
+    reference within its record where a full-page image comes with it, else -1.
     """
 
     lsn: int
     following: int | None
     fork: Fork
     block: int
-    image: bool
-    apart: bool
+    touch: int
+    image: int
 
 
 def block_references(
@@ -49,20 +54,20 @@ def block_references(
     end: Lsn | None = None,
     segment_bytes: int = DEFAULT_SEGMENT_BYTES,
     *,
-    apart: Callable[[Kind, str], bool] = lambda kind, fork: False,
-    apart_managers: frozenset[str] = frozenset(),
+    touch: Callable[[Kind, str], int] = lambda kind, fork: 0,
+    touch_managers: frozenset[str] = frozenset(),
     account: Account | None = None,
 ) -> Iterator[list[BlockReference]]:
-    """The references of each stretch of some thousand records: at least the last one to each block.
+    """The references of each stretch of some thousand records: at least the last one to each block, all that
+    come with a full-page image, and the one before each of these.
 
-    Earlier ones to a block that the same stretch names again may be left out. References for which `apart`
-    is true (asked only for records of `apart_managers`, with the fork) hide none of the others, nor are
-    they hidden by them. Those of a stretch are in the order of the WAL. Raises ProgramFailedError where WAL
-    is damaged; unwritten zeroes at the tail end it quietly.
+    Others to a block that the same stretch names again may be left out. Those that `touch` (asked only for
+    records of `touch_managers`, with the fork) tells from plain changes hide none of these, nor are they hidden
+    by them. Those of a stretch are in the order of the WAL. Raises ProgramFailedError where WAL is damaged;
+    unwritten zeroes at the tail end it quietly.
     """
     reader = Reader(programs, folder, timeline, segment_bytes, account)
-    marks = tuple(f"rmgr: {name} ".encode() for name in apart_managers)
-    taker = _Taker(apart, marks)
+    taker = _Taker(touch, tuple(f"rmgr: {name} ".encode() for name in touch_managers))
     lines: list[bytes] = []
     for block in _blocks(reader, [], start, end):
         # The last line waits: where its record ends is known from the next one.
@@ -72,41 +77,54 @@ def block_references(
 
 
 class _Taker:
-    """Takes the references out of lines; what a file is called is looked up once."""
+    """Takes the references out of lines; what a file is called, and what a kind of record does, is looked up once."""
 
-    def __init__(self, apart: Callable[[Kind, str], bool], marks: tuple[bytes, ...]) -> None:
-        self._apart = apart
+    def __init__(self, touch: Callable[[Kind, str], int], marks: tuple[bytes, ...]) -> None:
+        self._touch = touch
         self._marks = marks
         self._forks: dict[tuple[bytes, bytes], Fork] = {}
+        self._touches: dict[tuple[tuple[bytes, bytes], bytes], int] = {}
 
     def take(self, lines: list[bytes], count: int) -> list[BlockReference]:
         """Those of `lines[:count]`; the line after tells where the last record ends."""
         last: dict[bytes, int] = {}
-        others: dict[bytes, int] = {}
+        others: dict[tuple[int, bytes], int] = {}
+        found: list[_Place] = []
         marks = self._marks
         # This loop runs for every record, the rest only for what it leaves.
         for number, line in enumerate(lines[:count]):
             parts = line.split(b"blkref #")
             if len(parts) > 1 and line.startswith(b"rmgr: "):
-                if line.startswith(marks):
-                    kind = _kind(line)
-                    for part in parts[1:]:
-                        fork = part.partition(b" fork ")[2].split(b" ")[0].decode() or "main"
-                        (others if self._apart(kind, fork) else last)[part] = number
-                else:
-                    for part in parts[1:]:
+                kind = _kind(line) if line.startswith(marks) else None
+                for part in parts[1:]:
+                    touch = self._told(kind, part) if kind else 0
+                    if b" FPW" in part:
+                        found += _before(part, last)
+                        found.append((number, part, touch))
+                    elif touch:
+                        others[touch, part] = number
+                    else:
                         last[part] = number
-        found = [(number, part, False) for part, number in last.items()]
-        found += [(number, part, True) for part, number in others.items()]
+        found += [(number, part, 0) for part, number in last.items()]
+        found += [(number, part, touch) for (touch, part), number in others.items()]
         found.sort()
         return self._references(lines, found)
 
-    def _references(self, lines: list[bytes], found: list[tuple[int, bytes, bool]]) -> list[BlockReference]:
+    def _told(self, kind: tuple[bytes, bytes], part: bytes) -> int:
+        fork = part.partition(b" fork ")[2].split(b" ")[0]
+        known = self._touches.get((kind, fork))
+        if known is None:
+            manager, word = kind
+            known = self._touch((manager.decode(), word.decode()), fork.decode() or "main")
+            self._touches[kind, fork] = known
+        return known
+
+    def _references(self, lines: list[bytes], found: list[_Place]) -> list[BlockReference]:
         references: list[BlockReference] = []
         at = -1
         lsn: int | None = None
         following: int | None = None
-        for number, part, apart in found:
+        for number, part, touch in found:
             if number != at:
                 # The next record is likely to have been asked for already.
                 lsn = following if following is not None and number == at + 1 else _lsn(lines[number])
@@ -119,8 +137,8 @@ class _Taker:
             plain = words[3] == b"blk"
             fork = self._fork(words[2], b"main" if plain else words[4])
             block = int(words[4 if plain else 6].rstrip(b",;"))
-            image = lines[number].startswith(b"rmgr: XLOG ")
-            references.append(BlockReference(lsn, following, fork, block, image, apart))
+            image = int(words[0][:-1]) if b" FPW" in part else -1
+            references.append(BlockReference(lsn, following, fork, block, touch, image))
         return references
 
     def _fork(self, relation: bytes, name: bytes) -> Fork:
@@ -131,9 +149,19 @@ class _Taker:
         return known
 
 
-def _kind(line: bytes) -> Kind:
+def _before(part: bytes, last: dict[bytes, int]) -> Iterator[_Place]:
+    """What is known of a block so far, taken out of `last`: that is to stay where an image of it comes."""
+    place = part[part.index(b" rel ") : part.index(b" FPW")]
+    # A record that names more blocks than these makes most of them anew.
+    for number in (b"0:", b"1:", b"2:", b"3:"):
+        for name in (number + place, number + place + b", "):
+            if name in last:
+                yield last.pop(name), name, 0
+
+
+def _kind(line: bytes) -> tuple[bytes, bytes]:
     head = _HEAD.match(line)
-    return (head[1].decode(), head[2].decode()) if head else ("", "")
+    return (head[1], head[2]) if head else (b"", b"")
 
 
 def _lsn(line: bytes) -> int | None:
@@ -176,6 +204,24 @@ def relation_events(
             elif rmgr == b"Transaction" and (dropped := _DROPPED.search(text)):
                 for path in dropped[1].split():
                     yield RelationEvent(parse_lsn(lsn), int(xid), "drop", path.decode(), None)
+
+
+def server_starts(
+    programs: Programs,
+    folder: Path,
+    timeline: Timeline,
+    start: Lsn,
+    end: Lsn,
+    segment_bytes: int = DEFAULT_SEGMENT_BYTES,
+    *,
+    account: Account | None = None,
+) -> Iterator[Lsn]:
+    """The records that a server wrote as it stopped, or as its recovery ended: after each, it was started."""
+    reader = Reader(programs, folder, timeline, segment_bytes, account)
+    for block in _blocks(reader, ["--rmgr=XLOG"], start, end):
+        for _, _, _, lsn, text in RECORD.findall(block):
+            if text.startswith((b"CHECKPOINT_SHUTDOWN", b"END_OF_RECOVERY")):
+                yield Lsn(parse_lsn(lsn))
 
 
 def _storage_event(lsn: int, xid: int, text: bytes) -> Iterator[RelationEvent]:

@@ -12,6 +12,7 @@ import psycopg
 from knockwood.errors import HostError, InternalError, ObjectMissingError, ProgramFailedError, RefusedError
 from knockwood.host.direct import read_block
 from knockwood.integrity.check import Subject
+from knockwood.integrity.mended import Mended
 from knockwood.integrity.staged_wal import StagedWal, with_wal
 from knockwood.model.wal import Lsn
 from knockwood.postgres.binaries import Programs, find_programs
@@ -172,6 +173,16 @@ def flush_wal(subject: Subject, database: str) -> Lsn:
     if row is None:
         raise InternalError("no answer")
     return Lsn.parse(row[0])
+
+
+def say_mended(subject: Subject, target: Target, images: Mapping[int, Lsn]) -> None:
+    """Say in the WAL that the blocks have what these records' images of old pages lack: what was lost is seen in
+    the images for ever, that it was brought back is not."""
+    dsn = with_words(subject.dsn, dbname=target.database)
+    with connect(dsn, application_name="knockwood repair") as connection, translated():
+        connection.execute("set synchronous_commit = local")
+        for block, image in sorted(images.items()):
+            connection.execute(Mended(target.path, block, image).statement.encode())
 
 
 def wal_facts(

@@ -56,11 +56,11 @@ def block_records(
         name = WalSegment.containing(timeline, available, segment_bytes).name
         raise ProgramFailedError(f"segment {name} is missing", where=str(folder))
     reader = Reader(programs, folder, timeline, segment_bytes, None)
-    taker = _Taker(WalImages(folder, timeline, segment_bytes), node, fork, found)
     options = [f"--relation={'/'.join(map(str, node))}", f"--fork={fork}"]
     if len(blocks) == 1:
         options.append(f"--block={min(blocks)}")
-    complaint = reader.stream(options, start, end, taker.take)
+    with WalImages(folder, timeline, segment_bytes) as images:
+        complaint = reader.stream(options, start, end, _Taker(images, node, fork, found).take)
     if complaint is not None and not stopped(reader, complaint, start, start, ()).sound:
         raise ProgramFailedError(f"WAL cannot be read: {complaint.strip()}", where=str(folder))
     return found
@@ -84,7 +84,7 @@ class _Taker:
                 has_image = bool(image)
                 # An update begins the page of the new version anew (reference 0), not that of the old one.
                 done = kind if number == b"0" else kind.removesuffix(b"+INIT")
-                inner = self._wal.image_lsn(start, total, int(number)) if has_image else None
+                inner = self._wal.image_lsn(start, int(number)) if has_image else None
                 records.append(
                     BlockRecord(
                         start,

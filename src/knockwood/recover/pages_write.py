@@ -76,7 +76,8 @@ class Looked:
 class Repaired:
     """What came of it. `locked_seconds` is how long the table was locked; `described` tells the damage.
 
-    `unproven` are blocks that stayed as they were, because no image of them is proven, with the reason.
+    `unproven` are blocks that stayed as they were, because no image of them is proven, with the reason;
+    `old_images` are mended ones of which the WAL keeps an image of the old page, with the record that has it.
     """
 
     mended: list[int] = field(default_factory=list)
@@ -86,6 +87,7 @@ class Repaired:
     described: dict[int, str] = field(default_factory=dict)
     verified: str = "not checked"
     unproven: dict[int, str] = field(default_factory=dict)
+    old_images: dict[int, Lsn] = field(default_factory=dict)
 
 
 def look(
@@ -323,6 +325,8 @@ class _Work:
         self._read_back(blocks, images)
         self.done.verified = self._verify(blocks, images)
         self.done.mended += blocks
+        if self.before is not None:
+            self.done.old_images.update(dict.fromkeys(blocks, self.before))
 
     def _judge_again(self, since: Lsn) -> Looked:
         subject, target = self.session.subject, self.target

@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from knockwood.integrity.audited import Memory, united, without
+from knockwood.integrity.last_changes import LastChanges
 from knockwood.model import Lsn
 
 SPANS = st.lists(
@@ -39,8 +41,18 @@ def test_what_is_left_is_exactly_what_no_span_holds(
 def test_only_the_same_run_of_the_server_is_remembered(tmp_path: Path) -> None:
     path = tmp_path / "audited" / "1.json"
     memory = Memory(path, "boot 1")
-    memory.save([(Lsn(10), Lsn(20)), (Lsn(20), Lsn(30)), (Lsn(1), Lsn(2))], Lsn(5))
+    fork = (1663, 5, 16384, "main")
+    changes = LastChanges()
+    changes.add(fork, np.array([7], np.uint32), np.array([15], np.uint64))
+    assert memory.changes().before(fork, 7, 99) == 0
+    memory.save([(Lsn(10), Lsn(20)), (Lsn(20), Lsn(30)), (Lsn(1), Lsn(2))], Lsn(5), changes)
     assert memory.load() == [(Lsn(10), Lsn(30))]
+    assert memory.changes().before(fork, 7, 99) == 15
     assert Memory(path, "boot 2").load() == []
+    assert Memory(path, "boot 2").changes().before(fork, 7, 99) == 0
+    memory.save([(Lsn(10), Lsn(20))], Lsn(5), None)
+    assert memory.changes().before(fork, 7, 99) == 15
+    path.with_suffix(".changes").write_bytes(b"boot 1\nno arrays")
+    assert memory.changes().before(fork, 7, 99) == 0
     path.write_text('{"identity": "boot 1", "held": [["zz"]]}')
     assert memory.load() == []

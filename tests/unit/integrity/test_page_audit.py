@@ -10,9 +10,11 @@ from knockwood.integrity.page_audit import (
     Deviation,
     Expectation,
     Expectations,
+    Touch,
     explained,
     judge,
-    may_keep_lsn,
+    of_old_page,
+    touch_of,
 )
 from knockwood.model import Lsn
 from knockwood.postgres.walrefs import BlockReference, RelationEvent
@@ -31,8 +33,8 @@ def expectations(*records: BlockReference | Step) -> Expectations:
     return made
 
 
-def reference(lsn: int, block: int, *, image: bool = False, apart: bool = False) -> BlockReference:
-    return BlockReference(lsn, None, FORK, block, image, apart)
+def reference(lsn: int, block: int, touch: Touch = Touch.CHANGE, image: int = -1) -> BlockReference:
+    return BlockReference(lsn, None, FORK, block, touch, image)
 
 
 def of(made: Expectations, block: int) -> Expectation:
@@ -68,31 +70,33 @@ def test_the_newest_record_has_no_end_yet() -> None:
 
 
 def test_bare_images_may_be_of_new_pages_or_of_a_gist_build() -> None:
-    made = expectations(reference(100, 1, image=True), (200, 2))
+    made = expectations(reference(100, 1, Touch.BARE, 0), (200, 2))
     assert verdict(made, 1, None) is None
     assert verdict(made, 1, 1) is None
     assert verdict(made, 1, 50) == "stale"
 
 
 def test_records_that_may_leave_a_page_alone_prove_nothing() -> None:
-    made = expectations((100, 1), reference(200, 1, apart=True), (300, 2))
+    made = expectations((100, 1), reference(200, 1, Touch.PERHAPS), (300, 2))
     assert verdict(made, 1, 150) is None
     assert verdict(made, 1, 250) is None
     assert verdict(made, 1, 100) == "stale"
     assert verdict(expectations((100, 1), (200, 1)), 1, 150) == "stale"
-    assert list(expectations(reference(100, 1, apart=True)).by_fork()) == []
+    assert list(expectations(reference(100, 1, Touch.PERHAPS)).by_fork()) == []
 
 
 def test_which_records_may_leave_a_page_alone() -> None:
-    assert may_keep_lsn(("Hash", "DELETE"), "main", True)
-    assert not may_keep_lsn(("Hash", "INSERT"), "main", True)
-    assert may_keep_lsn(("Heap2", "VISIBLE"), "main", False)
-    assert not may_keep_lsn(("Heap2", "VISIBLE"), "main", True)
-    assert not may_keep_lsn(("Heap2", "VISIBLE"), "vm", False)
+    assert touch_of(("Hash", "DELETE"), "main", True) is Touch.PERHAPS
+    assert touch_of(("Hash", "INSERT"), "main", True) is Touch.CHANGE
+    assert touch_of(("Heap2", "VISIBLE"), "main", False) is Touch.PERHAPS
+    assert touch_of(("Heap2", "VISIBLE"), "main", True) is Touch.VISIBLE
+    assert touch_of(("Heap2", "VISIBLE"), "vm", False) is Touch.CHANGE
+    assert touch_of(("XLOG", "FPI"), "main", True) is Touch.BARE
+    assert touch_of(("XLOG", "FPI_FOR_HINT"), "main", True) is Touch.HINT
 
 
 def test_free_space_maps_are_not_followed() -> None:
-    made = expectations(BlockReference(100, None, (1663, 5, 16384, "fsm"), 0, True, False))
+    made = expectations(BlockReference(100, None, (1663, 5, 16384, "fsm"), 0, Touch.HINT, 0))
     assert list(made.by_fork()) == []
 
 
@@ -129,12 +133,123 @@ def test_settling_now_and_then_changes_nothing(steps: list[tuple[int, bool]], cu
     plain: dict[int, Expectation] = {}
     made = Expectations()
     for lsn, (block, apart) in enumerate(steps, 1):
-        made.add([BlockReference(lsn, lsn + 1, FORK, block, False, apart)])
+        touch = Touch.PERHAPS if apart else Touch.CHANGE
+        made.add([BlockReference(lsn, lsn + 1, FORK, block, touch, -1)])
         if lsn in cuts:
             list(made.by_fork())
         if not apart:
-            plain[block] = Expectation(lsn, lsn + 1, False)
+            plain[block] = Expectation(lsn, lsn + 1, sure=lsn)
         elif block in plain:
             plain[block].unsure = True
     found = {int(b): e[at] for _, e in made.by_fork() for at, b in enumerate(e.blocks)}
     assert found == plain
+
+
+REDO, LOST = "redo", "lost"
+Event = str | tuple[int, Touch, bool]
+TOUCHES = st.sampled_from([Touch.CHANGE, Touch.CHANGE, Touch.HINT, Touch.PERHAPS, Touch.VISIBLE])
+
+
+class Pages:
+    """A made-up server: pages by their LSN, WAL with an image at a page's first touch after each redo position."""
+
+    def __init__(self) -> None:
+        self.made = Expectations()
+        self.inside: dict[tuple[int, int], Lsn] = {}
+        self.lsns: dict[int, int] = {}
+        self.changed: dict[int, int] = {}
+        self.lsn = self.redo = 1000
+
+    def touch(self, block: int, touch: Touch, sets_lsn: bool) -> None:
+        start, self.lsn = self.lsn, self.lsn + 10
+        had = self.lsns.setdefault(block, 0)
+        whole = had <= self.redo
+        if touch is Touch.HINT and not whole:
+            return  # nothing is logged
+        image = 0 if whole else -1
+        if whole:
+            self.inside[start, 0] = Lsn(had)
+        self.made.add([BlockReference(start, self.lsn, FORK, block, touch, image)])
+        if touch is Touch.CHANGE or sets_lsn:
+            self.lsns[block] = self.lsn
+        if touch is Touch.CHANGE:
+            self.changed[block] = start
+
+    def old_images(self) -> list[int]:
+        found = []
+        for _, block, lsn, number, before in self.made.images():
+            if of_old_page(self.inside[lsn, number], before):
+                found.append(block)
+        return found
+
+
+@given(st.lists(st.one_of(st.just(REDO), st.tuples(st.integers(0, 2), TOUCHES, st.booleans())), max_size=60))
+def test_an_image_of_a_page_that_lost_nothing_is_never_of_an_old_one(events: list[Event]) -> None:
+    """Also where a record for hint bits, or one that says the page is all visible, does not set the page's LSN."""
+    pages = Pages()
+    for event in events:
+        if isinstance(event, str):
+            pages.redo, pages.lsn = pages.lsn, pages.lsn + 10
+        else:
+            pages.touch(*event)
+    assert pages.old_images() == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), TOUCHES, st.booleans()), max_size=20),
+    st.lists(st.tuples(TOUCHES, st.booleans()), max_size=10),
+    st.booleans(),
+)
+def test_the_image_of_an_old_page_is_found(
+    before: list[tuple[int, Touch, bool]], after: list[tuple[Touch, bool]], settled: bool
+) -> None:
+    """A page is put back to what it was two changes ago; the next record after a checkpoint tells."""
+    pages = Pages()
+    pages.touch(0, Touch.CHANGE, True)
+    old = pages.lsns[0]
+    pages.touch(0, Touch.CHANGE, True)
+    for event in before:
+        pages.touch(*event)
+    if settled:
+        assert list(pages.made.by_fork())
+    pages.lsns[0] = old
+    pages.redo, pages.lsn = pages.lsn, pages.lsn + 10
+    pages.touch(0, Touch.CHANGE, True)
+    for touch, sets_lsn in after:
+        pages.touch(0, touch, sets_lsn)
+    assert pages.old_images() == [0]
+
+
+def test_images_of_pages_made_anew_and_bare_ones_say_nothing() -> None:
+    assert [of_old_page(Lsn(had), 100) for had in (0, 1, 2, 100, 101)] == [False, False, True, True, False]
+    assert not of_old_page(Lsn(50), 0)
+    made = expectations((100, 1), reference(200, 1, Touch.BARE, 0), (300, 2))
+    assert list(made.images()) == []
+    # The change before an image may be older than what was copied over it.
+    made = expectations((100, 1), reference(200, 1, Touch.BARE, 0), reference(300, 1, image=1))
+    assert [taken[1:] for taken in made.images()] == [(1, 300, 1, 100)]
+    # Nor does the first record of a block tell anything by itself.
+    made = expectations(reference(100, 1, image=0), (200, 1), reference(300, 2, image=0))
+    assert [taken[1:] for taken in made.images()] == [(1, 100, 0, 0), (2, 300, 0, 0)]
+
+
+def test_hints_may_leave_a_page_s_lsn_alone() -> None:
+    """Two readers at once, or a page that is being written: then the image inside counts."""
+    made = expectations((100, 1), reference(200, 1, Touch.HINT, 0), (300, 2))
+    last = of(made, 1)
+    assert judge(FORK, 1, last, Lsn(150), False, Lsn(1000), Lsn(2000), Lsn(150)) is None
+    assert judge(FORK, 1, last, Lsn(150), False, Lsn(1000), Lsn(2000), None) is None
+    stale = judge(FORK, 1, last, Lsn(150), False, Lsn(1000), Lsn(2000), Lsn(160))
+    assert stale is not None
+    assert stale.kind == "stale"
+
+
+def test_pages_that_became_all_visible_before_hints_were_logged() -> None:
+    made = expectations((100, 1), reference(200, 1, Touch.VISIBLE), (300, 2))
+    doubtful = judge(FORK, 1, of(made, 1), Lsn(150), False, Lsn(1000), Lsn(2000))
+    assert doubtful is not None
+    assert doubtful.if_hints_were_logged
+    assert not doubtful.certain
+    old = judge(FORK, 1, of(made, 1), Lsn(100), False, Lsn(1000), Lsn(2000))
+    assert old is not None
+    assert old.certain

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knockwood.host import clock
+from knockwood.integrity.block_audit import LOOK_BACK_BYTES
 from knockwood.integrity.budget import pace
 from knockwood.integrity.catalog import Names
 from knockwood.integrity.check import NotChecked, Outcome, Subject, Weight
-from knockwood.integrity.checks.lost_writes import LOOK_BACK_BYTES
 from knockwood.integrity.checks.page_checksums import scannable
 from knockwood.integrity.relation_files import DataFiles, RelationFile, data_files, listing
 from knockwood.integrity.row_headers import Hints, hints_of

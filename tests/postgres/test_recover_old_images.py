@@ -1,0 +1,138 @@
+"""From `lost_writes` to a repair, where the page on disk agrees with the WAL because an old one was changed again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fix_repair import Site, site_of
+from knockwood.model import Finding, Verdict
+from knockwood.model.recovery import Outcome
+from knockwood.operations import recover
+from knockwood.operations.check import check
+from knockwood.operations.page_repair import plan_pages
+from knockwood.operations.protect import take
+
+if TYPE_CHECKING:
+    from fix_server import ServerFactory
+
+ACCOUNT = (
+    "create table account (id int primary key, name text, owner int references other);"
+    "insert into account select i, 'n' || i, i from generate_series(1, 100) i;"
+    "alter table account set (autovacuum_enabled = off)"
+)
+SLOWLY = "set enable_indexscan = off; set enable_bitmapscan = off; set enable_indexonlyscan = off;"
+ALL = f"{SLOWLY} select string_agg(a::text, ',' order by id) from account a"
+
+
+def findings(site: Site) -> tuple[Finding, ...]:
+    report = check(site.cluster, ["lost_writes"])
+    assert not report.not_checked, report.not_checked
+    return report.findings
+
+
+def lose_changes(site: Site, table: str = "account") -> tuple[str, bytes]:
+    """An update, a deletion and an insertion are lost on their way to the disk; the true rows, and the old page."""
+    account = site.path(table)
+    site.sql(f"select count(*) from {table}")
+    site.settle()
+    old = site.page(account, 0)
+    site.sql(
+        f"checkpoint; update {table} set name = 'changed' where id = 7; delete from {table} where id = 8;"
+        f"insert into {table} values (201, 'inserted', 9), (202, 'another', 10)"
+    )
+    expected = site.sql(ALL.replace("account", table))
+    site.settle()
+    assert site.page(account, 0) != old
+    site.damage(account, 0, old)
+    return str(expected), old
+
+
+@pytest.mark.parametrize(("version", "compression"), [(15, "lz4"), (18, "off")])
+def test_rows_are_brought_over_and_the_alarm_ends(
+    new_server: ServerFactory, version: int, compression: str
+) -> None:
+    server = new_server(version, wal_keep_size="500MB", wal_compression=compression)
+    with site_of(server) as site:
+        site.sql(ACCOUNT)
+        take(site.cluster, site.repository)
+        expected, _ = lose_changes(site)
+        site.sql("insert into account values (301, 'since', 11); checkpoint")
+        # A younger backup has the old page too; nothing good comes from it.
+        take(site.cluster, site.repository)
+        site.sql("insert into account values (302, 'since', 11); checkpoint")
+        [finding] = findings(site)
+        assert finding.evidence["kind"] == "stale"
+        assert "image" in finding.evidence
+        proposal = recover.propose(site.cluster, names=["lost_writes"])
+        assert [step.kind for step in proposal.plan.steps] == ["replace-rows"], proposal.plan.as_json()
+        done = recover.execute(site.cluster, proposal.plan, approve=proposal.plan.id)
+        assert done.recovery.verdict is Verdict.HELD, done.recovery.as_json()
+        assert {claim.name for claim in done.recovery.claims} >= {"check lost_writes"}
+        assert site.sql(ALL) == f"{expected},(301,since,11),(302,since,11)"
+        site.sql("update account set owner = 12 where id = 301; checkpoint")
+        assert findings(site) == ()
+        # Asked again with the same finding there is nothing left to do.
+        again = recover.propose(site.cluster, findings=[finding])
+        done = recover.execute(site.cluster, again.plan, approve=again.plan.id)
+        assert done.recovery.results[0].outcome is Outcome.ALREADY_DONE
+
+
+def test_a_page_that_was_only_read_is_replaced_and_the_alarm_ends(new_server: ServerFactory) -> None:
+    server = new_server(18, wal_keep_size="500MB")
+    with site_of(server) as site:
+        site.sql(ACCOUNT)
+        take(site.cluster, site.repository)
+        account = site.path("account")
+        # Of the old page no row was read yet: whoever reads it logs an image for hint bits.
+        site.sql("update account set owner = 5 where id between 20 and 30")
+        site.settle()
+        old = site.page(account, 0)
+        site.sql("update account set name = 'changed' where id = 7")
+        expected = site.sql(ALL)
+        site.settle()
+        site.damage(account, 0, old)
+        assert "changed" not in site.sql(ALL)
+        site.settle()
+        [finding] = findings(site)
+        assert "image" in finding.evidence
+        proposal = recover.propose(site.cluster, names=["lost_writes"])
+        assert proposal.plan.steps[0].kind == "repair-pages", proposal.plan.as_json()
+        done = recover.execute(site.cluster, proposal.plan, approve=proposal.plan.id)
+        assert done.recovery.verdict is Verdict.HELD, done.recovery.as_json()
+        assert site.sql(ALL) == expected
+        site.settle()
+        assert findings(site) == ()
+
+
+def test_without_a_backup_from_before_it_is_refused_with_the_reason(new_server: ServerFactory) -> None:
+    """One from after the damage would show a page that agrees with all WAL since: it is not called sound."""
+    server = new_server(18, wal_keep_size="500MB")
+    with site_of(server) as site:
+        site.sql(ACCOUNT)
+        lose_changes(site)
+        between = take(site.cluster, site.repository)
+        site.sql("insert into account values (301, 'since', 11); checkpoint")
+        [finding] = findings(site)
+        later = take(site.cluster, site.repository)
+        plan = plan_pages(site.cluster, site.repository, [finding], backup=later.id)
+        assert (plan.steps, plan.heals) == ((), ())
+        assert "every base backup is younger" in " ".join(plan.refused), plan.refused
+        plan = plan_pages(site.cluster, site.repository, [finding], backup=between.id)
+        assert (len(plan.steps), plan.heals) == (1, (finding,))
+
+
+def test_a_table_without_a_primary_key_is_refused_and_said_by_hand(new_server: ServerFactory) -> None:
+    server = new_server(18, wal_keep_size="500MB")
+    with site_of(server) as site:
+        site.sql(ACCOUNT.replace(" primary key", ""))
+        take(site.cluster, site.repository)
+        lose_changes(site)
+        site.sql("insert into account values (301, 'since', 11); checkpoint")
+        [finding] = findings(site)
+        plan = recover.propose(site.cluster, findings=[finding]).plan
+        assert not plan.steps
+        assert "primary key" in " ".join(plan.refused), plan.refused
+        site.sql(str(finding.evidence["once_mended"]))
+        assert findings(site) == ()
