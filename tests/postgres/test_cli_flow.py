@@ -88,6 +88,33 @@ def test_the_whole_way_as_the_role_that_init_makes(line: CommandLine, every_vers
     line.assert_nothing_left()
 
 
+def test_a_mistake_of_a_moment_ago_can_be_gone_back_before(line: CommandLine, every_version: int) -> None:
+    if every_version != 18:
+        pytest.skip("what is brought is brought alike for every version")
+    line.execute("create table t (a int primary key)")
+    line.init()
+    line.edit("user=knockwood", "user=postgres")
+    line("backup")
+    _insert(line, 1)
+    with connect(line.server.dsn()) as mistaken, mistaken.transaction():
+        mistaken.execute("truncate t")
+        [xid] = mistaken.execute("select pg_current_xact_id()::text::int").fetchone() or ()
+    words = ("restore", "--to", f"before-{xid}", "--table", "postgres.public.t", "--in-place")
+    shown = line(*words)
+    assert (shown["recovery"], shown["comparison"]["missing"]) == (None, 1)
+    _insert(line, 2)
+    line(*words, "--apply")
+    assert line.execute("select a from t order by a") == [(1,), (2,)]
+    # What no wait can bring is refused as it is.
+    assert (
+        f"before-{xid + 100_000}"
+        in line.fails(4, "KW201", *words[:2], f"before-{xid + 100_000}", *words[3:])["what"]
+    )
+    line.server.stop("immediate")
+    refused = line.fails(4, "KW201", "restore", "--to", "FFFFFFFF/0", "--into", line.folder / "never")
+    assert "does not answer" in refused["hint"]
+
+
 def test_targets_by_lsn_and_time(line: CommandLine, every_version: int) -> None:
     if every_version != 18:
         pytest.skip("targets are read alike for every version")
@@ -98,8 +125,7 @@ def test_targets_by_lsn_and_time(line: CommandLine, every_version: int) -> None:
     _, lsn = _insert(line, 1)
     moment = line.execute("select clock_timestamp()")[0][0]
     _insert(line, 2)
-    # Reading up to the target needs its WAL in the archive: `latest` brings it there.
-    line("restore", "--into", line.folder / "all")
+    # Nobody has received the WAL of these commits yet: whoever asks for one brings it.
     line("restore", "--to", lsn, "--into", line.folder / "lsn")
     assert _rows(line, line.folder / "lsn") == [1]
     elsewhere = moment.astimezone(timezone(timedelta(hours=-7, minutes=-30)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from knockwood.errors import KnockwoodError, PostgresError, RefusedError
+from knockwood.errors import KnockwoodError, PostgresError, RefusedError, TargetUnreachableError
 from knockwood.host import clock
 from knockwood.model import Lsn, WalRange, WalSegment
 from knockwood.operations.cluster import Cluster
@@ -13,8 +15,10 @@ from knockwood.repository import receive_server
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.repository import Repository
 from knockwood.repository.spool import Spool
+from knockwood.repository.targets import Latest, Target
 
 _POLL = 0.05
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +82,33 @@ def require_complete(freshness: Freshness) -> None:
             f"{freshness.detail}: a restore to latest would lack committed transactions",
             hint="keep `knockwood wal receive` running, or restore what there is with --accept-loss",
         )
+
+
+def reaching(
+    cluster: Cluster,
+    repository: Repository,
+    target: Target,
+    work: Callable[[tuple[str, ...]], _T],
+    *,
+    accept_loss: bool = False,
+) -> _T:
+    """Do what goes back to `target`, with as much of the live server's WAL as that needs; `work` is given notes.
+
+    Most targets lie in the past. Only where one is not reached, as seconds after a mistake, the newest WAL is
+    brought and `work` done again; for latest, and where a loss is accepted, it is brought before. Raises RefusedError
+    where latest would lack commits, and what `work` raises.
+    """
+    latest = target == Latest()
+    if not latest and not accept_loss:
+        try:
+            return work(())
+        except TargetUnreachableError as error:
+            freshness = bring_up_to_date(cluster, repository)
+            if not freshness.complete:
+                error.hint = "; ".join(filter(None, (freshness.detail, error.hint)))
+                raise
+            return work((freshness.detail,))
+    freshness = bring_up_to_date(cluster, repository)
+    if latest and not accept_loss:
+        require_complete(freshness)
+    return work((freshness.detail,))

@@ -18,11 +18,12 @@ from knockwood.model import Finding, Verdict
 from knockwood.model.recovery import ExpectedLoss
 from knockwood.operations.beside import GoOn
 from knockwood.operations.cluster import Cluster
+from knockwood.operations.freshness import reaching
 from knockwood.postgres.connection import Connection, translated
 from knockwood.postgres.pages import PAGE_BYTES
 from knockwood.recover.plan.situation import Rates, Reach, RelationFact, Situation, WholeRestore
 from knockwood.repository.repository import Repository
-from knockwood.repository.targets import Latest, Target, resolve
+from knockwood.repository.targets import Latest, RestorePlan, Target, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +146,14 @@ def whole_restore(
     )
     words: dict[str, Any] = {"target": wish.target_text, "ordered": wish.in_place, "rows_back": not latest}
     folder = cluster.settings.data_directory
-    try:
-        plan = resolve(
+
+    def lead(_notes: tuple[str, ...] = ()) -> RestorePlan:
+        return resolve(
             repository, wish.target, programs_for=cluster.programs, progress=lambda _done, _total: go_on()
         )
+
+    try:
+        plan = lead() if latest else reaching(cluster, repository, wish.target, lead)
     except KnockwoodError as error:
         return WholeRestore(**words, expected_loss=loss, refused=str(error))
     return WholeRestore(

@@ -15,12 +15,12 @@ from knockwood.cli.progress import byte_progress
 from knockwood.errors import UsageError
 from knockwood.model import Timeline
 from knockwood.operations.cluster import Cluster
-from knockwood.operations.freshness import bring_up_to_date, require_complete
+from knockwood.operations.freshness import reaching
 from knockwood.operations.restore import RestoreOutcome
 from knockwood.operations.restore import restore as restore_cluster
 from knockwood.repository.plans import Missing
 from knockwood.repository.repository import Repository
-from knockwood.repository.targets import Latest, Target, parse_target
+from knockwood.repository.targets import Target, parse_target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,28 +68,36 @@ def restore(
     _only_in_place(in_place, table, file, mode)
     cluster = common.open_cluster()
     repository = cluster.repository()
-    notes = _freshen(cluster, repository, target, accept_loss)
-    if into is None:
-        assert table is not None
-        choice: dict[str, Any] = {"apply": apply, "backup": backup, "accept_loss": accept_loss}
+    choice: dict[str, Any] = {"backup": backup, "accept_loss": accept_loss}
+    whole: dict[str, Any] = {"promote": promote, "again": again, "tablespaces": tablespaces}
+    whole["timeline"] = Timeline(timeline) if timeline is not None else None
+
+    def bring(notes: tuple[str, ...]) -> Answer:
+        words = {**choice, "notes": notes, "quiet": common.json}
+        if table is None:
+            assert into is not None
+            return _whole(cluster, repository, target, into, **words, **whole)
         if in_place:
-            return put_back(
-                cluster, repository, target, table, mode, notes=notes, quiet=common.json, **choice
-            )
-        return _table(cluster, repository, target, table, file, notes=notes, quiet=common.json, **choice)
-    with byte_progress("restore", quiet=common.json) as progress:
+            return put_back(cluster, repository, target, table, mode, apply=apply, **words)
+        return _table(cluster, repository, target, table, file, apply=apply, **words)
+
+    return reaching(cluster, repository, target, bring, accept_loss=accept_loss)
+
+
+def _whole(
+    cluster: Cluster,
+    repository: Repository,
+    target: Target,
+    into: Path,
+    *,
+    notes: tuple[str, ...],
+    quiet: bool,
+    **choice: Any,
+) -> Answer:
+    """The whole cluster, into a folder."""
+    with byte_progress("restore", quiet=quiet) as progress:
         outcome = restore_cluster(
-            repository,
-            target,
-            into,
-            backup=backup,
-            timeline=Timeline(timeline) if timeline is not None else None,
-            accept_loss=accept_loss,
-            promote=promote,
-            again=again,
-            tablespaces=tablespaces,
-            progress=progress,
-            programs_for=cluster.programs,
+            repository, target, into, progress=progress, programs_for=cluster.programs, **choice
         )
     notes += outcome.warnings
     return Answer(_values(outcome, notes), lambda console: _show(console, outcome, notes))
@@ -140,16 +148,6 @@ def _only_in_place(in_place: bool, table: str | None, file: Path | None, mode: s
         raise UsageError("--in-place is for one table of the live cluster", hint="name it with --table")
     if mode != "refuse" and not in_place:
         raise UsageError(f"--{mode} is for --in-place")
-
-
-def _freshen(cluster: Cluster, repository: Repository, target: Target, accept_loss: bool) -> tuple[str, ...]:
-    """For latest: have the archive hold all that the live server promised, or refuse."""
-    if target != Latest():
-        return ()
-    freshness = bring_up_to_date(cluster, repository)
-    if not accept_loss:
-        require_complete(freshness)
-    return (freshness.detail,)
 
 
 def _values(outcome: RestoreOutcome, notes: tuple[str, ...]) -> dict[str, object]:
