@@ -78,7 +78,8 @@ class Pages(Repair):
         taken = {block for name, block in self.bad if name == path}
         # The first page of an index says where the others are.
         choices = [block for block in range(1, 5 if kind == "index" else len(old)) if block not in taken]
-        if kind == "stale":
+        if kind in ("stale", "zero"):
+            # What the disk loses is what was just written: of that the check must tell.
             choices = [block for block in choices if _lsn(old[block]) < _lsn(_page(site, path, block))]
         block = self.chance.choice(choices)
         evict(lambda sql: ask(site.dsn, sql)[0][0], path, block)
