@@ -13,6 +13,7 @@ from fix_archive import (
     Archived,
     six_commits,
 )
+from fix_clones import protected
 from knockwood.errors import TargetUnreachableError
 from knockwood.model import Commit, Lsn, Timeline, WalSegment
 from knockwood.repository.targets import BeforeXid, Latest, ToLsn, ToTime, resolve
@@ -141,3 +142,19 @@ def test_wal_is_read_once_through_one_repository_object(made: Archived) -> None:
     path.write_bytes(content[:-9] + bytes(9))
     with pytest.raises(TargetUnreachableError):
         resolve(made.repository, Latest(), progress=progress)
+
+
+def test_wal_that_came_since_the_last_look_counts_unread_too(new_server: ServerFactory) -> None:
+    server = new_server(18, segment_megabytes=1)
+    with protected(server, server.data_directory.parent / "kw") as made:
+        made.backup()
+        made.insert(1)
+        made.execute("select pg_switch_wal()")
+        # What was read ends with a segment, and is remembered.
+        before = made.plan("latest")
+        xid = made.insert(2)
+        after = made.plan("latest", unread=True)
+        assert before.last_commit is not None
+        assert after.last_commit is not None
+        assert (after.last_commit.xid, after.target_lsn) == (xid, after.last_commit.lsn)
+        assert len(after.wal) > len(before.wal)

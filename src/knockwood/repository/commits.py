@@ -97,7 +97,9 @@ class ArchiveReader:
         if piece is not None and piece.object == entry.name:
             self.segments[segment] = entry.facts
             self._read.add(segment)
-            if entry.end is not None and entry.end > self.ends.get(segment.timeline, Lsn(0)):
+            # Where WAL has come since, it does not end there any more, be it read or not.
+            last = self.inventory.source(segment.next()) is None
+            if last and entry.end is not None and entry.end > self.ends.get(segment.timeline, Lsn(0)):
                 self.ends[segment.timeline] = entry.end
 
     def facts(self) -> WalFacts:
