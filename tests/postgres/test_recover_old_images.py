@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fix_repair import Site, site_of
+from fix_repair import Site, flipped, site_of
 from knockwood.model import Finding, Verdict
 from knockwood.model.recovery import Outcome
 from knockwood.operations import recover
@@ -104,6 +104,30 @@ def test_a_page_that_was_only_read_is_replaced_and_the_alarm_ends(new_server: Se
         assert site.sql(ALL) == expected
         site.settle()
         assert findings(site) == ()
+
+
+def test_a_page_that_is_changed_after_it_was_planned_is_planned_anew(new_server: ServerFactory) -> None:
+    server = new_server(18, wal_keep_size="500MB")
+    with site_of(server) as site:
+        site.sql(ACCOUNT)
+        site.sql("create table quiet as select i from generate_series(1, 100) i")
+        take(site.cluster, site.repository)
+        quiet = site.path("quiet")
+        site.damage(quiet, 0, flipped(site.page(quiet, 0)))
+        expected, _ = lose_changes(site)
+        found = check(site.cluster, ["lost_writes", "page_checksums"]).findings
+        assert {finding.location.relation for finding in found} == {"public.account", "public.quiet"}
+        proposal = recover.propose(site.cluster, findings=found)
+        assert [step.kind for step in proposal.plan.steps][:2] == ["repair-pages"] * 2
+        site.sql("insert into account values (301, 'since', 11); checkpoint")
+        done = recover.carry_out(site.cluster, proposal)
+        [outrun] = done.earlier
+        assert {each.outcome for each in outrun.recovery.results} == {Outcome.DONE, Outcome.REFUSED}
+        assert "replace-rows" in [result.kind for result in done.recovery.results]
+        assert done.verdict is Verdict.HELD, done.recovery.as_json()
+        assert site.sql(ALL) == f"{expected},(301,since,11)"
+        assert site.sql("select count(*) from quiet") == 100
+        assert check(site.cluster, ["lost_writes", "page_checksums"]).findings == ()
 
 
 def test_without_a_backup_from_before_it_is_refused_with_the_reason(new_server: ServerFactory) -> None:

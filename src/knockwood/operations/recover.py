@@ -14,8 +14,8 @@ from knockwood.errors import KnockwoodError, ObjectExistsError, RefusedError
 from knockwood.integrity.check import Budget, NotChecked, Subject, Weight
 from knockwood.integrity.registry import select
 from knockwood.integrity.run import CheckProgress, Report
-from knockwood.model import Claim, Finding, Verdict
-from knockwood.model.recovery import Alternative, Plan, Recovery
+from knockwood.model import Claim, Finding, Verdict, worst
+from knockwood.model.recovery import Alternative, Outcome, Plan, Recovery
 from knockwood.operations.beside import beside
 from knockwood.operations.check import check
 from knockwood.operations.cluster import Cluster
@@ -34,6 +34,8 @@ FOLDER: Final = "recoveries/"
 IN_PLACE: Final = "restore-in-place"
 _PAGE_STEPS: Final = frozenset({"repair-pages", "rebuild-maps", "replace-rows", "reindex"})
 _FORMAT: Final = 1
+_PLANS_ANEW: Final = 2
+"""How often a plan that the server outran is made anew, before somebody has to look."""
 
 OnCheck = Callable[[CheckProgress], None]
 OnStep = Callable[[StepProgress], None]
@@ -64,7 +66,7 @@ class Proposal:
 class Executed:
     """A recovery, and under which name the repository keeps it (None: it has not come to its end).
 
-    `notes` say what to do next.
+    `notes` say what to do next; `earlier` are executions of plans that the server outran, the oldest first.
     """
 
     plan: Plan
@@ -72,6 +74,14 @@ class Executed:
     folder: Path
     record: str | None
     notes: tuple[str, ...] = field(default=())
+    earlier: tuple[Executed, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of all together: what an earlier one found broken counts unless it was asked again."""
+        again = {claim.name for claim in self.recovery.claims}
+        left = (claim for each in self.earlier for claim in each.recovery.claims if claim.name not in again)
+        return worst([self.recovery.verdict, *(claim.verdict for claim in left)])
 
 
 def propose(
@@ -149,6 +159,33 @@ def execute(
             progress=on_step,
         )
         return run.executed(recovery)
+
+
+def carry_out(
+    cluster: Cluster,
+    proposal: Proposal,
+    *,
+    here: bool = False,
+    on_step: OnStep | None = None,
+    on_check: OnCheck | None = None,
+) -> Executed:
+    """Execute the proposal's plan; where damaged pages had changed by then, so that steps were refused, plan anew.
+
+    Readers and writers go on while pages are mended, and one touch can make another class of damage of a page.
+    """
+    words: dict[str, Any] = {"here": here, "on_step": on_step, "on_check": on_check}
+    plan = proposal.plan
+    done = execute(cluster, plan, approve=plan.id, repository=proposal.repository, **words)
+    for _ in range(_PLANS_ANEW):
+        kinds = {each.kind for each in done.recovery.results if each.outcome is Outcome.REFUSED}
+        if not kinds or not kinds <= _PAGE_STEPS:
+            break
+        anew = propose(cluster, findings=proposal.findings)
+        if not anew.plan.steps or anew.plan.id == done.plan.id:
+            break
+        again = execute(cluster, anew.plan, approve=anew.plan.id, repository=anew.repository, **words)
+        done = replace(again, earlier=(*done.earlier, replace(done, earlier=())))
+    return done
 
 
 def resume(
@@ -365,4 +402,4 @@ def _repository(cluster: Cluster) -> tuple[Repository | None, str]:
         return None, str(error)
 
 
-__all__ = ["Executed", "Proposal", "Wish", "execute", "propose", "resume"]
+__all__ = ["Executed", "Proposal", "Wish", "carry_out", "execute", "propose", "resume"]

@@ -84,13 +84,11 @@ def recover(
     if nothing or not (apply or approve is not None):
         return Answer(_proposal_values(proposal), lambda c: _show_proposal(c, proposal), proposal.verdict)
     with _progress(common.json) as told:
+        if approve is None:
+            return _executed(operation.carry_out(cluster, proposal, here=here, on_step=told))
+        repository = proposal.repository
         done = operation.execute(
-            cluster,
-            proposal.plan,
-            approve=approve or proposal.plan.id,
-            here=here,
-            repository=proposal.repository,
-            on_step=told,
+            cluster, proposal.plan, approve=approve, here=here, repository=repository, on_step=told
         )
     return _executed(done)
 
@@ -225,17 +223,32 @@ def _loss(loss: ExpectedLoss) -> str:
 
 
 def _executed(done: Executed) -> Answer:
-    values = {
+    values = _executed_values(done)
+    values["notes"] = list(done.notes)
+    values["earlier"] = [_executed_values(each) for each in done.earlier]
+    return Answer(values, lambda console: _show_executed(console, done), done.verdict)
+
+
+def _executed_values(done: Executed) -> dict[str, Any]:
+    return {
         "plan": done.plan.as_json(),
         "recovery": done.recovery.as_json(),
         "record": done.record,
         "journal": str(done.folder),
-        "notes": list(done.notes),
     }
-    return Answer(values, lambda console: _show_executed(console, done), done.recovery.verdict)
 
 
 def _show_executed(console: Console, done: Executed) -> None:
+    for each in done.earlier:
+        _show_recovery(console, each)
+        console.print("pages had changed since it was planned, so a new plan was made and carried out")
+    _show_recovery(console, done)
+    for note in done.notes:
+        console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
+    console.print(f"recovery: {coloured(done.verdict)}")
+
+
+def _show_recovery(console: Console, done: Executed) -> None:
     for result in done.recovery.results:
         _show_result(console, result)
     for claim in done.recovery.claims:
@@ -246,9 +259,6 @@ def _show_executed(console: Console, done: Executed) -> None:
         console.print(f"[yellow]not done[/] {escape(reason)}", soft_wrap=True)
     if done.record:
         console.print(f"kept in the repository as recoveries/{done.record}.json.zst")
-    for note in done.notes:
-        console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
-    console.print(f"recovery: {coloured(done.recovery.verdict)}")
 
 
 def _show_result(console: Console, result: StepResult) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from knockwood.drill.sandbox import Sandbox
@@ -15,73 +15,65 @@ from knockwood.errors import PostgresError
 from knockwood.host import clock
 from knockwood.integrity.run import Report
 from knockwood.model import Finding, Proof, Recovery, Verdict
+from knockwood.model.recovery import Outcome
 from knockwood.operations import recover, revert
 from knockwood.operations.proving import prove_cluster
-from knockwood.operations.recover import Proposal
 from knockwood.repository.targets import Latest
 
 
 @dataclass(frozen=True, slots=True)
-class Repaired:
-    """What was planned and what came of it; no recovery where there was nothing safe to do."""
+class Mended:
+    """What came of a plan: its recovery, after those of plans that the server outran; none where nothing was safe."""
 
-    proposal: Proposal
-    recovery: Recovery | None
-
-    @property
-    def refused(self) -> tuple[str, ...]:
-        return self.proposal.plan.refused
+    refused: tuple[str, ...]
+    recoveries: tuple[Recovery, ...] = ()
+    verdict: Verdict = Verdict.BROKEN
 
 
-@dataclass(frozen=True, slots=True)
-class Reverted:
-    """The revert that was planned and what came of it; no recovery where it was refused."""
-
-    proposal: revert.Proposal
-    recovery: Recovery | None
-
-    @property
-    def refused(self) -> tuple[str, ...]:
-        return self.proposal.plan.refused
-
-
-def repair(box: Sandbox, story: Story, findings: Iterable[Finding]) -> Repaired:
+def repair(box: Sandbox, story: Story, findings: Iterable[Finding]) -> Mended:
     """Have `knockwood recover` plan and carry out the repair of what was found, the shop running throughout."""
     proposal = recover.propose(box.cluster, findings=findings)
     plan = proposal.plan
     for reason in plan.refused:
         story.say(Kind.FAILED, f"refused: {reason}")
     if not plan.steps:
-        return Repaired(proposal, None)
+        return Mended(plan.refused)
     loss = "nothing" if plan.expected_loss.nothing else plan.expected_loss.detail
     story.say(Kind.FOUND, f"plan {plan.id}: {len(plan.steps)} steps, to be lost: {loss}")
     for step in plan.steps[:6]:
         story.say(Kind.FOUND, f"{step.title} (locks {step.locks})")
-    done = Repaired(proposal, recover.execute(box.cluster, plan, approve=plan.id).recovery)
-    tell_results(story, done.recovery)
-    return done
+    done = recover.carry_out(box.cluster, proposal)
+    for each in done.earlier:
+        left = next(result for result in each.recovery.results if result.outcome is Outcome.REFUSED)
+        story.say(Kind.FOUND, f"planned anew, as the shop went on meanwhile: {left.detail}")
+    recoveries = (*(each.recovery for each in done.earlier), done.recovery)
+    return _told(story, Mended(plan.refused, recoveries, done.verdict))
 
 
-def blocked(recovery: Recovery | None) -> float | None:
+def blocked(recoveries: Sequence[Recovery]) -> float | None:
     """Seconds that writers were kept waiting, all steps together; None where nothing was done."""
-    return sum(result.blocked_seconds for result in recovery.results) if recovery else None
+    waits = [result.blocked_seconds for recovery in recoveries for result in recovery.results]
+    return sum(waits) if recoveries else None
 
 
-def tell_results(story: Story, recovery: Recovery | None) -> None:
-    """What each step did, and how long writers waited."""
-    if recovery is None:
-        return
-    for result in recovery.results:
-        story.say(
-            Kind.DONE if recovery.complete else Kind.FAILED,
-            f"{result.title}: {str(result.outcome).replace('_', ' ')} in {result.seconds:.2f} s,"
-            f" writers waited {result.blocked_seconds:.2f} s"
-            + ("" if recovery.complete else f": {result.detail}"),
-        )
+def _told(story: Story, mended: Mended) -> Mended:
+    """Say what each step did, and how long writers waited."""
+    *_, last = mended.recoveries
+    for recovery in mended.recoveries:
+        for result in recovery.results:
+            if result.outcome is Outcome.REFUSED and recovery is not last:
+                continue
+            story.say(
+                Kind.DONE if last.complete else Kind.FAILED,
+                f"{result.title}: {str(result.outcome).replace('_', ' ')} in {result.seconds:.2f} s,"
+                f" writers waited {result.blocked_seconds:.2f} s"
+                + ("" if last.complete else f": {result.detail}"),
+            )
     story.say(
-        Kind.PROVED if recovery.verdict is Verdict.HELD else Kind.FAILED,
-        f"asked again afterwards: {recovery.verdict}",
+        Kind.PROVED if mended.verdict is Verdict.HELD else Kind.FAILED,
+        f"asked again afterwards: {mended.verdict}",
     )
+    return mended
 
 
 def prove_live(box: Sandbox, story: Story) -> Proof:
@@ -140,11 +132,10 @@ def ask_witness(box: Sandbox, story: Story) -> Kept:
     return kept
 
 
-def _live_gates(repaired: Repaired | Reverted, kept: Kept, proof: Proof) -> tuple[Gate, ...]:
+def _live_gates(mended: Mended, kept: Kept, proof: Proof) -> tuple[Gate, ...]:
     """The gates of a repair in place."""
-    recovery = repaired.recovery
-    complete = recovery is not None and recovery.verdict is Verdict.HELD
-    told = str(recovery.verdict) if recovery else "; ".join(repaired.refused) or "nothing done"
+    complete = bool(mended.recoveries) and mended.verdict is Verdict.HELD
+    told = str(mended.verdict) if mended.recoveries else "; ".join(mended.refused) or "nothing done"
     return (
         gate("repaired in place", complete, told),
         gate("no acknowledged commit lost", kept.all, str(kept)),
@@ -160,7 +151,7 @@ class Played:
     report: Report
     cause_first: bool
     gates: tuple[Gate, ...]
-    done: Repaired | Reverted
+    done: Mended
 
 
 def finish(
@@ -190,11 +181,11 @@ def finish(
         longest_stall=counters.longest_stall,
         findings=tuple(finding.summary for finding in played.report.findings),
         gates=(silent, *played.gates, *_live_gates(played.done, kept, proof)),
-        writers_blocked=blocked(played.done.recovery),
+        writers_blocked=blocked(played.done.recoveries),
     )
 
 
-def take_back(box: Sandbox, story: Story, xids: tuple[int, ...]) -> Reverted:
+def take_back(box: Sandbox, story: Story, xids: tuple[int, ...]) -> Mended:
     """Have `knockwood revert` plan and carry out the revert of transactions, keeping what came after them."""
     proposal = revert.propose(box.cluster, revert.Wish(xids))
     for reason in proposal.plan.refused:
@@ -202,11 +193,10 @@ def take_back(box: Sandbox, story: Story, xids: tuple[int, ...]) -> Reverted:
     for conflict in proposal.conflicts[:3]:
         story.say(Kind.FAILED, f"conflict: {conflict.as_json()}")
     if not proposal.plan.steps:
-        return Reverted(proposal, None)
+        return Mended(proposal.plan.refused)
     kept = sum(known.dependent.kept for known in proposal.dependents)
     for step in proposal.plan.steps:
         story.say(Kind.FOUND, f"plan {proposal.plan.id}: {step.title} (locks {step.locks})")
     story.say(Kind.FOUND, f"{kept} later transactions wrote the same rows; their work stays")
-    done = Reverted(proposal, revert.execute(box.cluster, proposal).recovery)
-    tell_results(story, done.recovery)
-    return done
+    recovery = revert.execute(box.cluster, proposal).recovery
+    return _told(story, Mended(proposal.plan.refused, (recovery,), recovery.verdict))
