@@ -309,7 +309,7 @@ class Repairs:
 
     @contextmanager
     def shadow(self) -> Iterator[None]:
-        """`knockwood shadow run` in the background, caught up."""
+        """`knockwood shadow run` in the background, caught up, its first checks done."""
         ours = self.site.knockwood
         settings = ours.settings.read_text()
         ours.settings.write_text(f'{settings}\n[cluster.gap.shadow]\nenabled = true\nbehind = "0s"\n')
@@ -323,7 +323,8 @@ class Repairs:
     def _followed(self) -> bool:
         # Without checks of its own its verdict is 'not checked'.
         said = self.site.knockwood.run("shadow", "status", "--json")
-        return bool(said.out and json.loads(said.out).get("reached_lsn"))
+        status = json.loads(said.out) if said.out else {}
+        return bool(status.get("reached_lsn") and status.get("proof") and not status["busy"])
 
     def _accounts(self) -> int:
         return self.site.options.scale * 100_000

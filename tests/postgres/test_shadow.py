@@ -303,8 +303,10 @@ def test_wal_is_fetched_again_after_the_machine_was_started_anew(new_server: Ser
         assert record is not None
         assert record.spool
         # What was not flushed is lost: files of the right size that hold nothing.
-        for path in (folder / "clone" / "spool").iterdir():
-            path.write_bytes(bytes(path.stat().st_size))
+        clone = folder / "clone"
+        for path in (*(clone / "spool").iterdir(), *(clone / "data" / "pg_wal").iterdir()):
+            if path.is_file():
+                path.write_bytes(bytes(path.stat().st_size))
         write_record(folder, replace(record, boot="another"))
         made.insert(2)
         assert step(cluster, made).did == "advanced"

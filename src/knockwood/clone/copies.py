@@ -91,8 +91,9 @@ def copy_into(old: Workspace, new: Workspace, progress: Callable[[int], None] | 
         )
     with files.translated(new.root):
         for path in sorted(old.spool.iterdir()):
-            # Nobody changes a WAL file in place: a renewed one is a new file.
-            reflink.link_or_copy(path, new.spool / path.name)
+            # Nobody changes a WAL file in place: a renewed one is a new file. What is offered to a fed server goes.
+            if path.is_file():
+                reflink.link_or_copy(path, new.spool / path.name)
         for name in ("hba.conf", "ident.conf"):
             if (old.root / name).exists():
                 new.write(new.root / name, (old.root / name).read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from knockwood.clone.feed import FedRecovery
 from knockwood.clone.spawn import Clone, Report, control_data
 from knockwood.errors import HostError, RefusedError
 from knockwood.model import Lsn
@@ -36,12 +37,21 @@ def redo_position(clone: Clone) -> Lsn:
 
 
 def needed(clone: Clone, plan: RestorePlan) -> RestorePlan:
-    """The plan for a settled clone: WAL from its own redo position on, read and found whole up to the target.
+    """The plan with the WAL that the clone lacks up to the target: found whole, and read from where it stands on.
 
-    Raises TargetUnreachableError where it is not whole.
+    Before that it was replayed. A clone that is fed and runs needs no more of it; another restarts from its own
+    redo position. Raises TargetUnreachableError where it is not whole.
     """
     if plan.target_lsn is None:
         raise RefusedError("a clone goes on to a record only", hint="name an LSN of a commit, or a time")
-    redo = redo_position(clone)
-    found = wal_to(clone.repository, redo, plan.target_lsn, clone.programs, timeline=plan.timeline)
-    return replace(plan, chain=clone.plan.chain, wal=found.pieces, histories=found.histories)
+    fed = clone.server.running and isinstance(clone.recovery, FedRecovery)
+    redo = clone.reached_lsn if fed else redo_position(clone)
+    found = wal_to(
+        clone.repository,
+        max(clone.reached_lsn, redo),
+        plan.target_lsn,
+        clone.programs,
+        timeline=plan.timeline,
+        needed_from=redo,
+    )
+    return replace(plan, chain=clone.plan.chain, wal=found.pieces, histories=found.histories, unread=False)

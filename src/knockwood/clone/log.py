@@ -99,6 +99,11 @@ def complaints(log: str) -> list[str]:
     return [text for text in messages(log) if _BAD_WAL.search(text)]
 
 
+def waits(log: str) -> list[str]:
+    """That replay of a standby has come to the end of what it was given."""
+    return [text for text in messages(log) if text.startswith("waiting for WAL to become available")]
+
+
 def _reached(log: str) -> str:
     """The last thing replay knew before it ran out, for the text of an error."""
     bad = complaints(log)

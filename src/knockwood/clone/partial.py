@@ -20,7 +20,6 @@ from knockwood.clone.goal import Goal
 from knockwood.clone.partial_files import RelationKey, Selection, select
 from knockwood.clone.partial_wal import Locator, WalFilter, locator_of
 from knockwood.clone.pieces import Piece, stub
-from knockwood.clone.recovery import Recovery
 from knockwood.clone.registry import Registry, sign
 from knockwood.clone.spawn import Clone, Report, fetch, make, spawn
 from knockwood.clone.workspace import Workspace
@@ -303,16 +302,12 @@ def _filter(clone: Clone, plan: RestorePlan, selection: Selection, part: Part) -
 
 def _configure(clone: PartialClone, settings: Mapping[str, str]) -> None:
     if clone.plan.target_lsn is not None:
-        clone.recovery = _fed(clone.recovery, clone.plan)
+        clone.recovery = FedRecovery.of(clone.recovery)
+        clone.recovery.segments = tuple(piece.segment for piece in clone.plan.wal)
     clone.recovery.settings |= goals.throw_away_settings(True)
     # Looking ahead at blocks that are not here would only cost.
     clone.recovery.settings |= {"recovery_prefetch": "off"} if clone.programs.major >= 15 else {}
     clone.recovery.settings |= settings
-
-
-def _fed(recovery: Recovery, plan: RestorePlan) -> FedRecovery:
-    known = {name: getattr(recovery, name) for name in Recovery.__dataclass_fields__ if name[0] != "_"}
-    return FedRecovery(**known, segments=tuple(piece.segment for piece in plan.wal))
 
 
 def _write_pieces(clone: PartialClone, selection: Selection) -> None:

@@ -34,7 +34,9 @@ class UnreadableError(RecoveryFailedError):
     """The goal was reached, but PostgreSQL lets nobody read there without promoting."""
 
 
-class _SettingsTooLowError(Exception):
+class SettingsTooLowError(Exception):
+    """Settings that the WAL says the primary had higher; `values` are the primary's."""
+
     def __init__(self, values: Mapping[str, int]) -> None:
         super().__init__(str(values))
         self.values = values
@@ -74,7 +76,7 @@ class Recovery:
         for _ in range(len(goals.REQUIRED_AT_LEAST) + 1):
             try:
                 return self._attempt(goal, promote, watch)
-            except _SettingsTooLowError as low:
+            except SettingsTooLowError as low:
                 self.server.stop("immediate")
                 self.settings |= {name: str(value) for name, value in low.values.items()}
             except BaseException:
@@ -155,7 +157,7 @@ class Recovery:
     def _raise_for(self, log: str, goal: Goal) -> None:
         low = {name: value for name, value in logs.too_low(log).items() if self._is_lower(name, value)}
         if low:
-            raise _SettingsTooLowError(low)
+            raise SettingsTooLowError(low)
         if not self.server.running:
             # Read again: the last lines may have come after the first look.
             log = self._log()
@@ -192,28 +194,31 @@ class Recovery:
 
     def _connect(self, goal: Goal) -> Connection:
         """Connect as a superuser, whatever it is called; waits until the server lets anyone in."""
-        while True:
-            for user in dict.fromkeys([self.user, SUPERUSER, *superusers(self.workspace.data)]):
-                try:
-                    connection = connect(self.server.dsn("template1", user, options=_NO_LIBRARIES))
-                except AuthenticationError:
-                    continue
-                except ServerDownError:
-                    break
-                self.user = user
-                return connection
-            else:
-                raise self._failed("no superuser of the restored cluster could log in")
+        while (connection := self.log_in()) is None:
             self._raise_for(self._log(), goal)
             clock.sleep(_POLL_SECONDS)
+        return connection
+
+    def log_in(self) -> Connection | None:
+        """A connection as a superuser, None while the server lets nobody in."""
+        for user in dict.fromkeys([self.user, SUPERUSER, *superusers(self.workspace.data)]):
+            try:
+                connection = connect(self.server.dsn("template1", user, options=_NO_LIBRARIES))
+            except AuthenticationError:
+                continue
+            except ServerDownError:
+                return None
+            self.user = user
+            return connection
+        raise self._failed("no superuser of the restored cluster could log in")
 
     def _await(self, connection: Connection, question: str, goal: Goal | None = None) -> None:
         while not self._ask(connection, question, goal):
             clock.sleep(_POLL_SECONDS)
 
-    def _ask(self, connection: Connection, question: str, goal: Goal | None) -> bool:
+    def _ask(self, connection: Connection, question: str, goal: Goal | None) -> Any:
         try:
-            return bool(_one(connection, question))
+            return _one(connection, question)
         except PostgresError:
             if goal is not None:
                 self.server.wait_ended(5)

@@ -1,7 +1,8 @@
 """A clone that lives on: replayed further and further from the repository, never past what was called damaged.
 
-Its folder outlives processes and the machine's restarts; only one process works on it at a time, and between
-two steps none does, so that a repair can borrow it. It is no throw-away clone: it flushes what it writes.
+Its folder outlives processes and the machine's restarts; only one process works on it at a time. Between two
+steps none does, so that a repair can borrow it, but its server may run on (`shadow_server`). It is no throw-away
+clone: it flushes what it writes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from typing import Final, Self
 
 from knockwood.clone import goal as goals
 from knockwood.clone.copies import copy_of
+from knockwood.clone.feed import FedRecovery
 from knockwood.clone.follow import Follower, needed, redo_position
+from knockwood.clone.goal import Goal
 from knockwood.clone.registry import Registry, stop_server
+from knockwood.clone.shadow_server import Keeper, adopt, own_settings, prune, serving, settings_of
 from knockwood.clone.shadow_state import (
     Holds,
     ProofSoFar,
@@ -29,16 +33,16 @@ from knockwood.clone.shadow_state import (
     read_record,
     write_record,
 )
-from knockwood.clone.spawn import Clone, Report, control_data, fetch, make, require_room
+from knockwood.clone.spawn import Clone, Report, fetch, make, require_room
 from knockwood.clone.workspace import Workspace
-from knockwood.errors import RefusedError, TargetUnreachableError
+from knockwood.errors import RecoveryFailedError, RefusedError, TargetUnreachableError
 from knockwood.host import clock, files, reflink
 from knockwood.host.locks import file_lock
 from knockwood.host.privileges import Account
-from knockwood.model import Lsn, Verdict, WalSegment
+from knockwood.model import Lsn, Verdict
 from knockwood.postgres.binaries import Programs
 from knockwood.repository.archive import WalArchive
-from knockwood.repository.onward import Bounds, newest_timeline, onward
+from knockwood.repository.onward import Bounds, newest_timeline, onward, require_unbroken
 from knockwood.repository.repository import Repository
 from knockwood.repository.route import Reach, Route
 from knockwood.repository.targets import RestorePlan, WalPiece
@@ -77,6 +81,7 @@ class Shadow:
         folder: Path,
         programs_for: Callable[[int], Programs],
         account: Account | None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.repository = repository
         self.folder = folder
@@ -85,6 +90,7 @@ class Shadow:
         self.lent: Lent | None = None
         self._programs_for = programs_for
         self._account = account
+        self._keeper = keeper
         self._held = ExitStack()
 
     @classmethod
@@ -95,12 +101,15 @@ class Shadow:
         *,
         programs_for: Callable[[int], Programs],
         account: Account | None = None,
+        keeper: Keeper | None = None,
     ) -> Self:
         """Take the folder; no server is started. What a killed process left is set right.
 
+        A server that was left running there is used, if it is proven to stand where the record says, and left
+        running again. With `keeper` that holds for one that is started here, too: it ends with this process.
         Raises LockHeldError while another process works on it.
         """
-        shadow = cls(repository, folder.absolute(), programs_for, account)
+        shadow = cls(repository, folder.absolute(), programs_for, account, keeper)
         files.make_folder(shadow.folder, 0o711)
         shadow._held.enter_context(file_lock(shadow.folder / LOCK, "process with this shadow"))
         try:
@@ -120,11 +129,31 @@ class Shadow:
                 where=str(self.folder),
                 hint="give each cluster's shadow a folder of its own",
             )
-        stop_server(self.root / "data")
+        if self._adopts():
+            return
+        self._stop_all()
         if self.record.sockets.name.startswith("kw-"):
             files.remove_tree(self.record.sockets)
         if self.record.stage == "making":
             self.remove()
+
+    def _adopts(self) -> bool:
+        """Whether the server was left running where the record says; it is this object's then."""
+        assert self.record is not None
+        if self.record.serving is None or self.record.stage != "standing":
+            return False
+        clone = self._attached()
+        identifier = self.repository.header.system_identifier
+        if adopt(clone.recovery, self.record, identifier, self._keeper):
+            return True
+        self.lent = None
+        return False
+
+    def _stop_all(self) -> None:
+        """Stop whatever works in the folder."""
+        if self._keeper is not None:
+            self._keeper.end()
+        stop_server(self.root / "data")
 
     @property
     def root(self) -> Path:
@@ -169,13 +198,15 @@ class Shadow:
             workspace.create()
             clone = self._clone(plan, workspace, sockets)
             fetch(clone, f"shadow of {cluster}", tablespaces=workspace.tablespaces, progress=progress)
-            clone.recovery.settings |= self._own_settings()
+            clone.recovery.settings |= own_settings()
             clone.replay(progress)
             clone.recovery.settle()
             # The files of the backup were written without a flush each.
             reflink.flush(self.root)
+            # From now on it is fed: it goes on without a restart.
+            clone.recovery = FedRecovery.of(clone.recovery)
             self.lent = clone
-            self._stand(plan, clone.reached_lsn)
+            self._stood(plan, clone.reached_lsn)
         except BaseException:
             self.remove()
             raise
@@ -183,42 +214,69 @@ class Shadow:
     def go(self, plan: RestorePlan, progress: Report | None = None) -> Lsn:
         """Replay on to a plan's target, or stand up again where it stands; the position reached.
 
-        Written down before and after, so that a kill in between is known and made good by going on.
-        Raises RefusedError beyond a hold or for an earlier position.
+        A running server is fed, and only started anew where it must be (another timeline, settings too low).
+        Written down before and after, so that a kill in between is known and made good by going on. Raises
+        RefusedError beyond a hold or for an earlier position.
         """
         assert self.record is not None
-        clone = self._attached()
+        clone, stand = self._attached(), self.record.stand
         self.require_allowed(plan)
-        clone._settle()
-        stand = self.record.stand
         assert stand is not None
         same = (plan.target_lsn, plan.inclusive) == (stand.lsn, stand.inclusive)
         if same and self.record.going_to is None:
-            onto = self._here(clone, plan)
-        else:
-            if plan.target_lsn is None or plan.target_lsn < clone.reached_lsn:
-                raise RefusedError(
-                    f"the shadow stands at {stand.reached} already, past {plan.target_lsn}",
-                    hint="make a clone for the earlier point",
-                )
-            onto = needed(clone, plan)
-            self._write(replace(self.record, stage="moving", going_to=plan.target_lsn))
-        self._prune(clone)
-        clone.fill_spool(onto, progress)
+            return self._stand_up(clone, stand, progress)
+        if plan.target_lsn is None or plan.target_lsn < clone.reached_lsn:
+            raise RefusedError(
+                f"the shadow stands at {stand.reached} already, past {plan.target_lsn}",
+                hint="make a clone for the earlier point",
+            )
+        if clone.server.running and plan.timeline != self.record.timeline:
+            clone.recovery.settle()
+        onto = needed(clone, plan)
+        self._write(replace(self.record, stage="moving", going_to=plan.target_lsn))
+        self._bring(clone, onto, progress)
         clone.plan = onto
-        clone.replay(progress)
-        self._stand(onto, clone.reached_lsn)
+        self._stood(onto, clone.reached_lsn)
         return clone.reached_lsn
 
-    def _here(self, clone: Lent, plan: RestorePlan) -> RestorePlan:
-        """The plan to stand up where it stands: at the end of a backup there is no commit to aim at."""
-        if plan.target_lsn is not None:
-            return needed(clone, plan)
+    def _stand_up(self, clone: Lent, stand: Stand, progress: Report | None) -> Lsn:
+        """Start the server where it stands, if it is down: before the first record that it has not replayed."""
+        if clone.server.running:
+            return clone.reached_lsn
+        plan, redo = clone.plan, redo_position(clone)
         route = Route(WalArchive(self.repository).inventory(), plan.timeline)
-        pieces = route.pieces(redo_position(clone), plan.backup.stop_lsn)
-        wal = tuple(WalPiece(segment, partial.name if partial else None) for segment, partial in pieces)
+        pieces = tuple(
+            WalPiece(segment, partial.name if partial else None)
+            for segment, partial in route.pieces(redo, stand.reached)
+        )
+        require_unbroken(pieces, redo, stand.reached)
         histories = tuple(step[0] for step in route.path if step[0] in route.inventory.histories)
-        return replace(plan, wal=wal, histories=histories)
+        onto = replace(plan, target_lsn=stand.reached, inclusive=False, wal=pieces, histories=histories)
+        if self._bring(clone, onto, progress) != stand.reached:
+            raise RecoveryFailedError(
+                f"the shadow stood at {stand.reached}, and replays to {clone.reached_lsn}",
+                where=str(self.root),
+            )
+        self._write(replace(self._written(clone), stand=stand))
+        return clone.reached_lsn
+
+    def _bring(self, clone: Lent, plan: RestorePlan, progress: Report | None) -> Lsn:
+        """Have the server replay up to the plan's target; it is down after an error."""
+        recovery = clone.recovery
+        assert isinstance(recovery, FedRecovery)
+        prune(clone, self.repository.header.segment_bytes)
+        clone.fill_spool(plan, progress)
+        recovery.segments = tuple(piece.segment for piece in plan.wal)
+        try:
+            if clone.server.running:
+                clone.reached_lsn = recovery.step(Goal.of(plan))
+            else:
+                recovery.begin_anew()
+                clone.reached_lsn = recovery.run(Goal.of(plan))
+        except BaseException:
+            clone.server.stop("immediate")
+            raise
+        return clone.reached_lsn
 
     def next_plan(self, until: datetime | None = None) -> tuple[RestorePlan | None, Reach]:
         """The plan to the newest commit it may go on to (none later than `until`), and where whole WAL ends.
@@ -238,7 +296,9 @@ class Shadow:
         bound = self.holds.bound()
         after = record.going_to if record.going_to is not None else record.stand.reached
         bounds = Bounds(after, bound.lsn if bound is not None else None, until)
-        found = onward(self.repository, redo_position(clone), bounds, clone.programs, timeline=timeline)
+        # What lies before was replayed: it is whole.
+        read_from = record.stand.reached
+        found = onward(self.repository, read_from, bounds, clone.programs, timeline=timeline)
         if found.commit is None:
             return None, found.reach
         plan = RestorePlan(
@@ -265,6 +325,8 @@ class Shadow:
             made.repository, made.plan, made.workspace, made.recovery, made.spool, "promote", entry=made.entry
         )
         copy.reached_lsn = made.reached_lsn
+        copy.harmless_to = source.harmless_to
+        copy.workspace.aim()
         # Nobody needs a copy after a crash.
         copy.recovery.settings |= goals.throw_away_settings(read_only=True)
         try:
@@ -293,28 +355,42 @@ class Shadow:
             self.go(clone.plan)
         return clone
 
+    def settle(self) -> None:
+        """Stop the server where it stands, so that its next start replays little."""
+        if self.lent is not None and self.lent.server.running:
+            try:
+                self.lent.recovery.settle()
+            except Exception:
+                self.lent.server.stop("immediate")
+                raise
+
     def remove(self) -> None:
         """Remove the shadow; the holds stay."""
         if self.lent is not None:
             self.lent.server.stop("immediate")
             self.lent = None
-        stop_server(self.root / "data")
+        self._stop_all()
         with files.translated(self.root):
             files.remove_tree(self.root)
         (self.folder / "shadow.json").unlink(missing_ok=True)
         self.record = None
 
     def close(self) -> None:
-        """Stop the server where it stands and let others work on the folder."""
+        """Let others work on the folder. The server is stopped where it stands, unless it is to run on."""
         try:
-            if self.lent is not None and self.lent.server.running:
-                try:
-                    self.lent.recovery.settle()
-                except Exception:
-                    self.lent.server.stop("immediate")
-                    raise
+            if not self._runs_on():
+                self.settle()
         finally:
             self._held.close()
+
+    def _runs_on(self) -> bool:
+        """Whether the server is another process's, or this one keeps it, and it stands where is written down."""
+        server = self.lent.server if self.lent is not None else None
+        if server is None or not server.running or self.record is None or self.record.stage != "standing":
+            return False
+        if server.ours and self._keeper is not None:
+            self._keeper.keep(server)
+        return self._keeper is not None or not server.ours
 
     def __enter__(self) -> Self:
         return self
@@ -355,13 +431,12 @@ class Shadow:
         )
         workspace = Workspace(self.root, self._account)
         clone = self._clone(plan, workspace, record.sockets)
-        control = control_data(clone.programs, workspace.data)
-        at_least = goals.required_at_least(control, record.backup.settings)
-        settings = goals.isolation_settings(
-            clone.programs.major, workspace.root, f"shadow of {record.cluster}", at_least
-        )
-        clone.recovery.settings = settings | goals.commit_timestamps(control) | self._own_settings()
+        clone.recovery = FedRecovery.of(clone.recovery)
+        clone.recovery.settings = settings_of(clone, record)
+        clone.recovery.offered_to = stand.reached
         clone.reached_lsn = stand.reached
+        # Its WAL was looked through as it came.
+        clone.harmless_to = stand.reached
         if record.boot and record.boot == boot_id():
             clone.spool.sources = dict(record.spool or {})
         self.lent = clone
@@ -371,41 +446,24 @@ class Shadow:
         made = make(self.repository, plan, workspace, self._programs_for(plan.backup.major), sockets, "fail")
         return Lent(made.repository, plan, workspace, made.recovery, made.spool, "fail", shadow=self)
 
-    def _own_settings(self) -> dict[str, str]:
-        # It must be whole after a crash of the machine, so it flushes; all else is as in any clone.
-        return goals.throw_away_settings(read_only=True) | {
-            "fsync": "on",
-            "max_wal_size": "1GB",
-            "checkpoint_timeout": "5min",
-        }
-
-    def _stand(self, plan: RestorePlan, reached: Lsn) -> None:
-        assert self.record is not None
+    def _stood(self, plan: RestorePlan, reached: Lsn) -> None:
+        assert self.lent is not None
         stand = Stand(plan.target_lsn, plan.inclusive, reached, plan.last_commit)
-        spool = dict(self.lent.spool.sources) if self.lent is not None else {}
-        self._write(
-            replace(
-                self.record,
-                timeline=plan.timeline,
-                stage="standing",
-                stand=stand,
-                going_to=None,
-                spool=spool,
-                boot=boot_id(),
-            )
-        )
+        self._write(replace(self._written(self.lent), timeline=plan.timeline, stand=stand))
 
-    def _prune(self, clone: Lent) -> None:
-        """Remove WAL from the spool that no restart of recovery will ask for."""
-        redo, size = redo_position(clone), self.repository.header.segment_bytes
-        for path in list(clone.spool.folder.iterdir()):
-            try:
-                segment = WalSegment.parse(path.name, size)
-            except ValueError:
-                continue
-            if segment.end <= redo:
-                path.unlink(missing_ok=True)
-                clone.spool.sources.pop(path.name, None)
+    def _written(self, clone: Lent) -> ShadowRecord:
+        """The record of a clone that stands."""
+        assert self.record is not None
+        old = self.record.serving
+        server = clone.server
+        return replace(
+            self.record,
+            stage="standing",
+            going_to=None,
+            spool=dict(clone.spool.sources),
+            boot=boot_id(),
+            serving=serving(server) if server.ours or not server.running else old,
+        )
 
     def _write(self, record: ShadowRecord) -> None:
         record = replace(record, updated_at=clock.now())

@@ -80,11 +80,31 @@ class ProofSoFar:
 
 
 @dataclass(frozen=True, slots=True)
+class Serving:
+    """A server that stands where the record says: its postmaster, and the process that it is a child of.
+
+    `started` is in seconds since the machine booted.
+    """
+
+    pid: int
+    started: float
+    parent: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {"pid": self.pid, "started": self.started, "parent": self.parent}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(int(value["pid"]), float(value["started"]), int(value["parent"]))
+
+
+@dataclass(frozen=True, slots=True)
 class ShadowRecord:
     """A shadow as it is written down. While it is `moving` it is somewhere between `stand` and `going_to`.
 
     `chain` are the backups it was made from. `good` is the last stand at which the checks found nothing.
-    `spool` tells where the WAL in its spool came from, as long as the machine is not started anew (`boot`).
+    `spool` tells where the WAL in its spool came from, and `serving` which server was started on it, as long as
+    the machine is not started anew (`boot`).
     """
 
     cluster: str
@@ -100,6 +120,7 @@ class ShadowRecord:
     proof: ProofSoFar | None = None
     spool: Mapping[str, str | None] | None = None
     boot: str = ""
+    serving: Serving | None = None
 
     @property
     def backup(self) -> Backup:
@@ -129,6 +150,7 @@ class ShadowRecord:
             "proof": self.proof.as_json() if self.proof else None,
             "spool": dict(self.spool or {}),
             "boot": self.boot,
+            "serving": self.serving.as_json() if self.serving else None,
         }
 
     @classmethod
@@ -149,6 +171,8 @@ class ShadowRecord:
             proof=ProofSoFar.from_json(value["proof"]) if value["proof"] else None,
             spool=value["spool"],
             boot=value["boot"],
+            # Written since its server runs on between two steps.
+            serving=Serving.from_json(value["serving"]) if value.get("serving") else None,
         )
 
 

@@ -112,6 +112,12 @@ class Workspace:
             (self.data / "recovery.signal").unlink(missing_ok=True)
         self.write(self.data / "standby.signal", "")
 
+    def aim(self) -> None:
+        """Make a standby a server that recovers to a target and stops there."""
+        self.write(self.data / "recovery.signal", "")
+        with files.translated(self.data):
+            (self.data / "standby.signal").unlink(missing_ok=True)
+
     def permit_promotion(self) -> None:
         """Let recovery end in a promotion (see `goal.restore_command`)."""
         self.write(self.spool / "promote", "")

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from knockwood.clone.registry import Registry
+from knockwood.errors import PostgresError, RefusedError
 from knockwood.history.images import RowChanges, row_changes
 from knockwood.history.shapes import TableShape
 from knockwood.history.spawners import clones_for
-from knockwood.history.standing import Position, ProgramsFor, Standing, commit_plan
+from knockwood.history.standing import Position, ProgramsFor, Spawner, Standing, commit_plan
 from knockwood.history.touched import Decoded
 from knockwood.history.transaction import TableId, Transaction
 from knockwood.model import Lsn
@@ -43,6 +44,15 @@ class Gathered:
         self.culprits[transaction.commit_lsn] = Culprit(xid, tuple(changes))
         self.notes += changes.notes
         self.shapes |= {**changes.after, **changes.before}
+
+    def copy(self) -> Gathered:
+        """The same, to go on with on trial."""
+        return Gathered(dict(self.culprits), dict(self.shapes), list(self.reasons), list(self.notes))
+
+    def become(self, other: Gathered) -> None:
+        """What was gathered on trial counts."""
+        self.culprits, self.shapes = other.culprits, other.shapes
+        self.reasons, self.notes = other.reasons, other.notes
 
     def drift(self, catalog: Catalog) -> list[str]:
         """Columns whose type is another now: their images cannot be compared."""
@@ -92,37 +102,74 @@ def changes_of(
     if half:
         return
     ordered = sorted(transactions, key=lambda one: one.commit_lsn)
-    decoded = Decoded(repository)
-    cold = clones_for(
-        repository,
-        ordered,
-        purpose="revert",
-        programs_for=cluster.programs,
-        registry=registry,
-        decoded=decoded,
-    )
-
-    def make(plan: RestorePlan) -> Standing:
-        return clone_to_read(cluster, repository, plan, registry=registry) or cold(plan)
-
+    reading = _Reading(cluster, repository, ordered, Decoded(repository), registry)
     onward = _to_the_last(repository, ordered, cluster.programs)
-    reached = Lsn(0)
-    with Position(make) as position:
-        for one in ordered:
-            alone = onward is None or _looks_back(cluster, decoded, onward, one, reached)
-            read = row_changes(
-                repository,
-                [one],
-                decoded=decoded,
-                programs_for=cluster.programs,
-                registry=registry,
-                spawner=make,
-                position=None if alone else position,
-                onward=None if alone else onward,
-            )
-            with read as changes:
-                gathered.take(one, changes)
-            reached = reached if alone else one.commit_lsn
+    if cluster.settings.shadow.enabled:
+        trial = gathered.copy()
+        try:
+            reading.into(trial, reading.lend, onward)
+        except (_NotLentError, PostgresError, RefusedError):
+            # A hold may be in between, or its server end with who keeps it: a clone of its own does.
+            pass
+        else:
+            gathered.become(trial)
+            return
+    reading.into(gathered, reading.cold, onward)
+
+
+class _NotLentError(Exception):
+    """The shadow cannot be read where it was wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Reads what transactions (in order) did, from one clone that is made as asked."""
+
+    cluster: Cluster
+    repository: Repository
+    ordered: Sequence[Transaction]
+    decoded: Decoded
+    registry: Registry | None
+
+    def lend(self, plan: RestorePlan) -> Standing:
+        """The shadow; _NotLentError where it cannot be had."""
+        clone = clone_to_read(self.cluster, self.repository, plan, registry=self.registry)
+        if clone is None:
+            raise _NotLentError
+        return clone
+
+    def cold(self, plan: RestorePlan) -> Standing:
+        """A clone of what is needed."""
+        make = clones_for(
+            self.repository,
+            self.ordered,
+            purpose="revert",
+            programs_for=self.cluster.programs,
+            registry=self.registry,
+            decoded=self.decoded,
+        )
+        return make(plan)
+
+    def into(self, gathered: Gathered, make: Spawner, onward: RestorePlan | None) -> None:
+        """Read them one by one; `onward` is a plan on whose way all lie, if there is one."""
+        reached = Lsn(0)
+        with Position(make) as position:
+            for one in self.ordered:
+                alone = onward is None or _looks_back(self.cluster, self.decoded, onward, one, reached)
+                read = row_changes(
+                    self.repository,
+                    [one],
+                    decoded=self.decoded,
+                    programs_for=self.cluster.programs,
+                    registry=self.registry,
+                    # The one that goes on may be the shadow: there is no second.
+                    spawner=make if onward is None else self.cold,
+                    position=None if alone else position,
+                    onward=None if alone else onward,
+                )
+                with read as changes:
+                    gathered.take(one, changes)
+                reached = reached if alone else one.commit_lsn
 
 
 def _looks_back(

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from knockwood.clone.registry import Registry
 from knockwood.clone.shadow import LOCK, Shadow
+from knockwood.clone.shadow_server import Keeper
 from knockwood.clone.shadow_state import Hold, Holds, ShadowRecord, read_record
 from knockwood.clone.spawn import Clone, Report
 from knockwood.errors import (
@@ -35,7 +36,7 @@ NOT_DAMAGE: Final = ABOUT_THE_SERVER | {"collations", "wraparound"}
 
 _NOT_IN_WAL: Final = frozenset({"page_checksums"})
 
-_POLL: Final = 0.2
+_POLL: Final = 0.1
 
 _START_BYTES: Final = 4 << 30
 """Reading so much WAL for some blocks takes as long as it takes the shadow to start: docs/repair-speed.md."""
@@ -75,14 +76,28 @@ def shadow_folder(cluster: Cluster) -> Path:
     return (cluster.settings.shadow.folder or cluster.state / cluster.name / "shadow").absolute()
 
 
-def open_shadow(cluster: Cluster, repository: Repository) -> Shadow:
-    """The cluster's shadow, ours until it is closed; LockHeldError while another process has it."""
+def open_shadow(
+    cluster: Cluster, repository: Repository, keeper: Keeper | None = None, *, wait: float = 0
+) -> Shadow:
+    """The cluster's shadow, ours until it is closed; LockHeldError while another process has it for `wait` s."""
     _open_up(cluster)
+    deadline = clock.monotonic() + wait
+    while True:
+        try:
+            return _open_now(cluster, repository, keeper)
+        except LockHeldError:
+            if clock.monotonic() >= deadline:
+                raise
+            clock.sleep(_POLL)
+
+
+def _open_now(cluster: Cluster, repository: Repository, keeper: Keeper | None) -> Shadow:
     return Shadow.open(
         repository,
         shadow_folder(cluster),
         programs_for=cluster.programs,
         account=privileges.server_account(),
+        keeper=keeper,
     )
 
 
@@ -205,9 +220,10 @@ def warm_clone(
 ) -> Clone | None:
     """A clone at the plan's target in seconds, from the shadow; None where it cannot give one.
 
-    It is a copy where the file system shares bytes or the caller will open it for writes (`writable`);
-    else the shadow itself, moved on to the target: `promote` is refused, `destroy` gives it back. Use it
-    as any clone, as a context manager; `advance` goes on. None: no shadow, it stands past the target or
+    It is a copy where the caller will open it for writes (`writable`), or where the file system shares bytes and
+    the shadow is to stay where it is (it is kept `behind`, or a hold is in between); else the shadow itself, moved
+    on to the target, without a restart where its server runs: `promote` is refused, `destroy` gives it back. Use
+    it as any clone, as a context manager; `advance` goes on. None: no shadow, it stands past the target or
     on another timeline, another process keeps it for `wait` seconds, or anything else that a cold clone
     (`clone.spawn`) may not be troubled by. The shadow itself never passes a hold; a copy may, since at one
     target it is no worse than a cold clone.
@@ -215,14 +231,15 @@ def warm_clone(
     if not cluster.settings.shadow.enabled or plan.target_lsn is None:
         return None
     try:
-        shadow = _patiently(cluster, repository, wait)
+        shadow = open_shadow(cluster, repository, wait=wait)
     except KnockwoodError:
         return None
     lent = False
     try:
         if not _can_serve(shadow, plan):
             return None
-        if writable or reflink.can_share(shadow.root):
+        stays = bool(cluster.settings.shadow.behind) or not _may_move(shadow, plan)
+        if writable or (stays and reflink.can_share(shadow.root)):
             with suppress(NoSpaceError):
                 return shadow.copy(plan, "warm clone", registry or _registry(cluster), progress)
             if writable:
@@ -254,17 +271,6 @@ def beats_some_blocks(cluster: Cluster, plan: RestorePlan) -> bool:
 
 def _registry(cluster: Cluster) -> Registry:
     return Registry(cluster.settings.proof.clones or cluster.state)
-
-
-def _patiently(cluster: Cluster, repository: Repository, wait: float) -> Shadow:
-    deadline = clock.monotonic() + wait
-    while True:
-        try:
-            return open_shadow(cluster, repository)
-        except LockHeldError:
-            if clock.monotonic() > deadline:
-                raise
-            clock.sleep(_POLL)
 
 
 def _can_serve(shadow: Shadow, plan: RestorePlan) -> bool:

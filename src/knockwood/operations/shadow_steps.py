@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from knockwood.clone.shadow import Shadow
+from knockwood.clone.shadow_server import Keeper
 from knockwood.clone.shadow_state import Hold, ProofSoFar, ShadowRecord
 from knockwood.clone.spawn import Report
 from knockwood.errors import KnockwoodError, RecoveryFailedError, TargetUnreachableError
@@ -49,15 +51,31 @@ def run(
     on_error: Callable[[KnockwoodError], None],
     progress: Report | None = None,
 ) -> None:
-    """Step every `every` until `stop` is set. What goes wrong in a step is told, and tried again at the next."""
+    """Step every `every` until `stop` is set. What goes wrong in a step is told, and tried again at the next.
+
+    The shadow's server runs on between the steps, and is stopped at the end, once whoever borrowed it gave it back.
+    """
     check_names(cluster)
-    repository = cluster.repository()
-    while not stop.is_set():
-        try:
-            on_step(step(cluster, repository, progress=progress))
-        except KnockwoodError as error:
-            on_error(error)
-        stop.wait(cluster.settings.shadow.every.total_seconds())
+    repository, keeper = cluster.repository(), Keeper()
+    try:
+        while not stop.is_set():
+            try:
+                on_step(step(cluster, repository, progress=progress, keeper=keeper))
+            except KnockwoodError as error:
+                on_error(error)
+            stop.wait(cluster.settings.shadow.every.total_seconds())
+    finally:
+        _let_down(cluster, repository, keeper)
+
+
+def _let_down(cluster: Cluster, repository: Repository, keeper: Keeper) -> None:
+    """Stop the server that was kept, after any borrower, so that its next start replays little."""
+    try:
+        if keeper.server is not None and keeper.server.running:
+            with open_shadow(cluster, repository, keeper, wait=math.inf) as shadow:
+                shadow.settle()
+    finally:
+        keeper.end()
 
 
 def step(
@@ -66,17 +84,18 @@ def step(
     *,
     check: bool | None = None,
     progress: Report | None = None,
+    keeper: Keeper | None = None,
 ) -> Step:
     """Make the shadow, or let it go on as far as `behind` and the holds allow, and check it where it stands.
 
-    `check` None checks when it is due. A shadow that is past a hold, or whose timeline was left, is made
-    anew before it. Raises LockHeldError, NoSpaceError (nothing is written), TargetUnreachableError where no
-    backup leads to an allowed point.
+    `check` None checks when it is due. With `keeper` its server runs on. A shadow that is past a hold, or whose
+    timeline was left, is made anew before it. Raises LockHeldError, NoSpaceError (nothing is written),
+    TargetUnreachableError where no backup leads to an allowed point.
     """
     began = clock.monotonic()
     check_names(cluster)  # a name that is none is told before anything is made
     moment = clock.now() - cluster.settings.shadow.behind
-    with open_shadow(cluster, repository) as shadow:
+    with open_shadow(cluster, repository, keeper) as shadow:
         did, waits_for = _go_on(cluster, shadow, moment, progress)
         assert shadow.record is not None
         proof: ProofSoFar | None = None
@@ -87,6 +106,8 @@ def step(
                 # What was found came with the last step: back to before it, from the repository.
                 shadow.remove()
                 did, waits_for = _make(cluster, shadow, moment, progress, "rebuilt"), _held_by(shadow)
+        if keeper is not None:
+            shadow.standing()
         assert shadow.record is not None
         return Step(did, shadow.record, proof, holds, waits_for, clock.monotonic() - began)
 

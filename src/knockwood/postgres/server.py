@@ -78,7 +78,7 @@ class LocalServer:
         self.log_path = log_path or data_directory.parent / f"{data_directory.name}.log"
         self.port = port
         self.socket_directory: Path | None = None
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: subprocess.Popen[bytes] | processes.Found | None = None
 
     @property
     def pid(self) -> int | None:
@@ -88,6 +88,16 @@ class LocalServer:
     @property
     def running(self) -> bool:
         return self._child is not None and self._child.poll() is None
+
+    @property
+    def ours(self) -> bool:
+        """Whether it runs as our child, and so ends with us."""
+        return self.running and isinstance(self._child, subprocess.Popen)
+
+    def adopt(self, postmaster: processes.ProcessIdentity, socket_directory: Path) -> None:
+        """Take a server that another process started on this folder for this one; it ends with that process."""
+        self._child = processes.Found(postmaster)
+        self.socket_directory = socket_directory
 
     def dsn(self, database: str = "postgres", user: str = SUPERUSER, **extra: str) -> str:
         """A libpq connection string for this server."""

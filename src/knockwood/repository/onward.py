@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
 from knockwood.errors import StorageUnavailableError, TargetUnreachableError
+from knockwood.host import clock
 from knockwood.model.proof import Commit
 from knockwood.model.wal import Lsn, Timeline
 from knockwood.postgres.binaries import Programs
@@ -17,18 +18,20 @@ from knockwood.repository.commits import ArchiveReader
 from knockwood.repository.inventory import ArchiveInventory, Partial
 from knockwood.repository.plans import WalPiece
 from knockwood.repository.repository import Repository
-from knockwood.repository.route import Reach, Route
+from knockwood.repository.route import Reach, Route, WalFacts
+from knockwood.repository.storage import ObjectInfo
 from knockwood.repository.walk import workplace
 
 _ATTEMPTS: Final = 10
+_HINT: Final = "`knockwood verify` shows what the archive holds"
 
 
 @dataclass(frozen=True, slots=True)
 class Onward:
     """How far one can go: `commit` is the last within the bounds (None: there is none further on).
 
-    `pieces` hold the WAL from where it is needed up to the end of that record; `reach` says where whole
-    WAL ends and why.
+    `pieces` hold the WAL from where it is needed up to the end of that record, without a hole; `reach` says
+    where whole WAL ends and why.
     """
 
     timeline: Timeline
@@ -55,43 +58,53 @@ def newest_timeline(inventory: ArchiveInventory) -> Timeline:
 
 def onward(
     repository: Repository,
-    needed_from: Lsn,
+    read_from: Lsn,
     bounds: Bounds,
     programs: Programs,
     *,
     timeline: Timeline | None = None,
+    needed_from: Lsn | None = None,
 ) -> Onward:
     """The last commit that can be reached within the bounds, along the newest timeline (or the one given).
 
-    Only WAL from `needed_from` on is read, record by record. Raises StorageUnavailableError where the
-    archive changes faster than it can be read.
+    Only WAL from `read_from` on is read, record by record, and what was read through this repository object
+    before is not read again; the pieces begin at `needed_from`, where that is earlier. Raises
+    TargetUnreachableError where WAL between the two is gone, StorageUnavailableError where the archive
+    changes faster than it can be read.
     """
+    begin = needed_from or read_from
     return _read(
-        repository, programs, timeline, lambda reader, route: _look(reader, route, needed_from, bounds)
+        repository, programs, timeline, lambda reader, route: _look(reader, route, read_from, begin, bounds)
     )
 
 
 def wal_to(
-    repository: Repository, needed_from: Lsn, target: Lsn, programs: Programs, *, timeline: Timeline
+    repository: Repository,
+    read_from: Lsn,
+    target: Lsn,
+    programs: Programs,
+    *,
+    timeline: Timeline,
+    needed_from: Lsn | None = None,
 ) -> Onward:
     """The WAL from a position up to the end of the record that starts at `target`, whatever that is.
 
-    Raises TargetUnreachableError where it is not whole, StorageUnavailableError as `onward` does.
+    Positions and errors are those of `onward`; also TargetUnreachableError where it is not whole.
     """
+    begin = needed_from or read_from
 
     def look(reader: ArchiveReader, route: Route) -> Onward:
         # The record may go on into the next segment.
         limit = min(route.archive_end(), target + route.segment_bytes)
-        reach = route.reach(needed_from, reader.read(route, needed_from, max(limit, needed_from)))
-        return _found(route, needed_from, min(limit, reach.end), None, reach)
+        facts = reader.read(route, read_from, max(limit, read_from))
+        reach = route.reach(read_from, facts)
+        if reach.end <= target:
+            raise TargetUnreachableError(
+                f"the WAL from {read_from} does not lead to {target}: {reach.reason}", hint=_HINT
+            )
+        return _found(route, begin, min(limit, reach.end), None, reach, facts)
 
-    found = _read(repository, programs, timeline, look)
-    if found.reach.end <= target:
-        raise TargetUnreachableError(
-            f"the WAL from {needed_from} does not lead to {target}: {found.reach.reason}",
-            hint="`knockwood verify` shows what the archive holds",
-        )
-    return found
+    return _read(repository, programs, timeline, look)
 
 
 def _read(
@@ -105,12 +118,21 @@ def _read(
         listing = archive.listing()
         inventory = archive.inventory_of(listing)
         route = Route(inventory, timeline or newest_timeline(inventory))
-        state = proved.load(repository, repository.storage.list(proved.FOLDER))
+        state = proved.known(repository, listing)
         with workplace() as folder:
             reader = ArchiveReader(repository, inventory, listing, programs, folder, state)
-            found = look(reader, route)
-        if not reader.vanished:
-            return found
+            found, unreachable = None, None
+            try:
+                found = look(reader, route)
+            except TargetUnreachableError as error:
+                unreachable = error
+        _remember(repository, reader, listing)
+        if reader.vanished:
+            continue
+        if found is None:
+            assert unreachable is not None
+            raise unreachable
+        return found
     raise StorageUnavailableError(
         "the archive changed faster than it could be read",
         where=repository.storage.url,
@@ -118,31 +140,57 @@ def _read(
     )
 
 
-def _look(reader: ArchiveReader, route: Route, needed_from: Lsn, bounds: Bounds) -> Onward:
+def _remember(repository: Repository, reader: ArchiveReader, listing: Mapping[str, ObjectInfo]) -> None:
+    """Keep what was read for the next look through this object, and drop what is gone: it may live for months."""
+    known = repository.read_before
+    known.update({entry.name: entry for entry in reader.proved(clock.now())})
+    for name in [name for name, entry in known.items() if not entry.still(listing.get(name))]:
+        del known[name]
+
+
+def _look(reader: ArchiveReader, route: Route, read_from: Lsn, begin: Lsn, bounds: Bounds) -> Onward:
     limit = route.archive_end()
     if bounds.before is not None:
         # A record before the bound may go on into the next segment.
         limit = min(limit, bounds.before + route.segment_bytes)
-    facts = reader.read(route, needed_from, max(limit, needed_from))
-    reach = route.reach(needed_from, facts)
+    facts = reader.read(route, read_from, max(limit, read_from))
+    reach = route.reach(read_from, facts)
     end = min(reach.end, bounds.before) if bounds.before is not None else reach.end
     if bounds.until is not None and bounds.after < end:
         later = reader.first_after(route, bounds.until, bounds.after, end)
         end = later.lsn if later is not None else end
     commit = reader.last(route, bounds.after, end) if bounds.after < end else None
-    until = needed_from if commit is None else min(commit.lsn + route.segment_bytes, reach.end)
-    return _found(route, needed_from, until, commit, reach)
+    if commit is None:
+        return Onward(route.timeline, None, (), _histories(route), reach)
+    return _found(route, begin, min(commit.lsn + route.segment_bytes, reach.end), commit, reach, facts)
 
 
-def _found(route: Route, needed_from: Lsn, until: Lsn, commit: Commit | None, reach: Reach) -> Onward:
-    pieces = route.pieces(needed_from, until)
-    return Onward(
-        route.timeline,
-        commit,
-        tuple(WalPiece(segment, partial.name if partial else None) for segment, partial in pieces),
-        tuple(step[0] for step in route.path if step[0] in route.inventory.histories),
-        reach,
+def _found(
+    route: Route, begin: Lsn, until: Lsn, commit: Commit | None, reach: Reach, facts: WalFacts
+) -> Onward:
+    pieces = tuple(
+        WalPiece(
+            segment,
+            partial.name if partial else None,
+            known.makes_tablespace if (known := facts.segments.get(segment)) is not None else None,
+        )
+        for segment, partial in route.pieces(begin, until)
     )
+    require_unbroken(pieces, begin, until)
+    return Onward(route.timeline, commit, pieces, _histories(route), reach)
+
+
+def _histories(route: Route) -> tuple[Timeline, ...]:
+    return tuple(step[0] for step in route.path if step[0] in route.inventory.histories)
+
+
+def require_unbroken(pieces: Sequence[WalPiece], begin: Lsn, until: Lsn) -> None:
+    """Raise TargetUnreachableError unless the pieces hold the range without a hole."""
+    numbers = [piece.segment.number for piece in pieces]
+    size = pieces[0].segment.bytes if pieces else 1
+    first, last = begin.value // size, max(until.value - 1, begin.value) // size
+    if numbers != list(range(first, last + 1)):
+        raise TargetUnreachableError(f"WAL between {begin} and {until} is not in the archive", hint=_HINT)
 
 
 def renewed(repository: Repository, pieces: Iterable[WalPiece]) -> tuple[WalPiece, ...]:

@@ -87,6 +87,13 @@ def load(repository: Repository, listing: Iterable[ObjectInfo]) -> State:
     return State(objects, tuple(sources))
 
 
+def known(repository: Repository, listing: Mapping[str, ObjectInfo]) -> State:
+    """What is proved of the objects listed: by earlier runs, and by what was read through this object."""
+    state = load(repository, repository.storage.list(FOLDER))
+    before = replace(state, objects=dict(repository.read_before)).current(listing)
+    return replace(state, objects={**before.objects, **state.current(listing).objects})
+
+
 def save(repository: Repository, state: State) -> None:
     """Write the state anew, then delete what it was merged from."""
     name = f"{FOLDER}{clock.stamp(clock.now())}-{secrets.token_hex(4)}.json"

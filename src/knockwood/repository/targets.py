@@ -191,9 +191,7 @@ class _Question:
         return any(reader.breaks or reader.vanished for reader in self._readers)
 
     def answer(self) -> RestorePlan:
-        state = proved.load(self._repository, self._repository.storage.list(proved.FOLDER))
-        before = replace(state, objects=dict(self._repository.read_before)).current(self._listing)
-        state = replace(state, objects={**before.objects, **state.current(self._listing).objects})
+        state = proved.known(self._repository, self._listing)
         with workplace(self._keep) as folder:
 
             def lookup(major: int) -> ArchiveReader:

@@ -111,3 +111,8 @@ def test_settings_that_are_too_low_are_read_with_what_they_must_be() -> None:
     log = detail.format("max_connections", 20, 60) + detail.format("max_wal_senders", 5, 12)
     assert logs.too_low(log) == {"max_connections": 60, "max_wal_senders": 12}
     assert logs.too_low("") == {}
+
+
+def test_that_a_standby_waits_for_wal_is_told() -> None:
+    line = "2026-11-21 05:00:00.000 UTC [7] LOG:  waiting for WAL to become available at 0/67002000\n"
+    assert logs.waits(line + fatal("waiting")) == ["waiting for WAL to become available at 0/67002000"]

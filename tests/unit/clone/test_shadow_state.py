@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from knockwood.clone.shadow_state import (
     RECORD,
     Holds,
     ProofSoFar,
+    Serving,
     ShadowRecord,
     Stand,
     read_record,
@@ -40,6 +43,7 @@ def record() -> ShadowRecord:
         proof=ProofSoFar(Lsn(340), Verdict.HELD, NOW, (("invariants", Verdict.HELD, ""),)),
         spool={"000000010000000000000001": None},
         boot="b",
+        serving=Serving(4711, 12.25, 4700),
     )
 
 
@@ -47,6 +51,13 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
     assert read_record(tmp_path) is None
     write_record(tmp_path, record())
     assert read_record(tmp_path) == record()
+
+
+def test_a_record_from_before_servers_ran_on_tells_of_none(tmp_path: Path) -> None:
+    value = record().as_json()
+    del value["serving"]
+    (tmp_path / RECORD).write_text(json.dumps(value))
+    assert read_record(tmp_path) == replace(record(), serving=None)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": 2}', "[]", '{"format": 1}'])

@@ -26,7 +26,10 @@ def run(
     once: Annotated[bool, Parameter(negative="", help="Make one step, with checks, and end.")] = False,
     common: Common = DEFAULT,
 ) -> int:
-    """Make the shadow if there is none and let it follow, in the foreground until Ctrl-C."""
+    """Make the shadow if there is none and let it follow, in the foreground until Ctrl-C.
+
+    Its server runs on meanwhile. The end waits for a repair that reads from it; a second Ctrl-C does not.
+    """
     cluster = common.open_cluster()
     if once:
         with byte_progress("shadow", quiet=common.json) as progress:
@@ -36,8 +39,7 @@ def run(
         )
         return print_answer(answer, as_json=common.json)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _set_on_signal(stop)
     console = Console(stderr=True, highlight=False)
     shadow_steps.run(
         cluster,
@@ -46,6 +48,19 @@ def run(
         on_error=lambda error: _error(error, common),
     )
     return 0
+
+
+def _set_on_signal(stop: threading.Event) -> None:
+    """A first signal ends in order; a second one at once, and the shadow's server with it."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def ended(*_: object) -> None:
+        stop.set()
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in numbers:
+        signal.signal(number, ended)
 
 
 def _error(error: KnockwoodError, common: Common) -> None:
