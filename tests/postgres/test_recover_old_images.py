@@ -124,7 +124,7 @@ def test_a_page_that_is_changed_after_it_was_planned_is_planned_anew(new_server:
         [outrun] = done.earlier
         assert {each.outcome for each in outrun.recovery.results} == {Outcome.DONE, Outcome.REFUSED}
         assert "replace-rows" in [result.kind for result in done.recovery.results]
-        assert done.verdict is Verdict.HELD, done.recovery.as_json()
+        assert done.verdict is Verdict.HELD, (done.left, done.recovery.as_json())
         assert site.sql(ALL) == f"{expected},(301,since,11)"
         assert site.sql("select count(*) from quiet") == 100
         assert check(site.cluster, ["lost_writes", "page_checksums"]).findings == ()

@@ -75,10 +75,15 @@ class Executed:
     record: str | None
     notes: tuple[str, ...] = field(default=())
     earlier: tuple[Executed, ...] = ()
+    left: tuple[str, ...] = ()
+    """Why what an earlier plan was to mend is in no plan any more."""
 
     @property
     def verdict(self) -> Verdict:
-        """Of all together: what an earlier one found broken counts unless it was asked again."""
+        """Of all together: what an earlier one found broken counts unless it was asked again, and what was planned
+        first and cannot be done any more is broken."""
+        if self.left:
+            return Verdict.BROKEN
         again = {claim.name for claim in self.recovery.claims}
         left = (claim for each in self.earlier for claim in each.recovery.claims if claim.name not in again)
         return worst([self.recovery.verdict, *(claim.verdict for claim in left)])
@@ -173,6 +178,8 @@ def carry_out(
 
     Readers and writers go on while pages are mended, and one touch can make another class of damage of a page.
     """
+    from knockwood.operations.recover_offers import SOUND
+
     words: dict[str, Any] = {"here": here, "on_step": on_step, "on_check": on_check}
     plan = proposal.plan
     done = execute(cluster, plan, approve=plan.id, repository=proposal.repository, **words)
@@ -184,7 +191,12 @@ def carry_out(
         if not anew.plan.steps or anew.plan.id == done.plan.id:
             break
         again = execute(cluster, anew.plan, approve=anew.plan.id, repository=anew.repository, **words)
-        done = replace(again, earlier=(*done.earlier, replace(done, earlier=())))
+        left = tuple(
+            reason
+            for reason in anew.plan.refused
+            if reason not in plan.refused and not reason.endswith(SOUND)
+        )
+        done = replace(again, earlier=(*done.earlier, replace(done, earlier=(), left=())), left=left)
     return done
 
 

@@ -16,7 +16,7 @@ from knockwood.recover.plan.offer import Offer, Rank, Turn, key
 from knockwood.recover.plan.situation import Situation
 from knockwood.repository.repository import Repository
 
-_SOUND = (
+SOUND = (
     "looked at again, its page on disk, in the server's buffers and in the WAL agree, or its file is gone: there"
     " is nothing to mend page by page"
 )
@@ -111,7 +111,7 @@ def offers_of(plan: Plan, findings: Iterable[Finding]) -> list[Offer]:
             continue
         sound = key(finding) in healed
         told = "; ".join(line for line in plan.refused if _about(line, finding))
-        offer = _refused([finding], _SOUND if sound else told or "; ".join(plan.refused) or _SOUND)
+        offer = _refused([finding], SOUND if sound else told or "; ".join(plan.refused) or SOUND)
         offers.append(replace(offer, gone=sound and finding.check in _OF_THE_PAGE))
     return offers
 
