@@ -130,7 +130,8 @@ def no_lie(folder: Path, place: Path) -> None:
             name = PLAN.steps[event["step"]].arguments["name"]
             assert (place / name).read_bytes() == b"damaged\nmended\n"
         if event["event"] == "evidence":
-            assert (journal.evidence_folder / event["file"]).read_bytes() == b"damaged\n"
+            for kept in event["kept"]:
+                assert (journal.evidence_folder / kept["file"]).read_bytes() == b"damaged\n"
 
 
 @pytest.mark.parametrize("how", ["flushed", "torn"])

@@ -17,7 +17,6 @@ from knockwood.model.recovery import Outcome, Plan
 from knockwood.operations.page_repair import plan_pages
 from knockwood.operations.protect import take
 from knockwood.postgres.pages import bad_pages, decode_header, sealed
-from knockwood.recover.pages_cold import cold_images
 from knockwood.recover.pages_facts import flush_wal, target_named, wal_facts
 from knockwood.recover.pages_session import session
 from knockwood.recover.pages_write import look
@@ -405,32 +404,6 @@ def test_pages_last_written_before_the_backup(new_server: ServerFactory) -> None
         plan = plan_pages(site.cluster, site.repository, [finding(6)])
         mend(site, plan)
         assert site.sql("select sum(hashtextextended(o::text, 0)) from other o") == expected
-
-
-def test_pages_that_nobody_has_changed_need_no_clone(new_server: ServerFactory) -> None:
-    """They come from the backup, unless the WAL names them or has cut the table short."""
-    server = new_server(18, summarize_wal="on")
-    with site_of(server) as site:
-        subject = site.cluster.subject(Budget(), repository=site.repository)
-        target = site.target("other")
-        site.settle()
-        pages = {block: site.page(target.path, block) for block in (1, 3, 5)}
-        site.sql("update other set body = 'new' where ctid = '(3,1)'")
-
-        def cold(beyond: dict[int, Lsn]) -> dict[int, bytes]:
-            chain = list_backups(site.repository)
-            good, _ = cold_images(subject, site.repository, chain, target, [1, 3, 5, 9999], beyond)
-            return dict(good.images) if good else {}
-
-        assert cold({}) == {1: pages[1], 5: pages[5]}
-        assert cold({5: decode_header(pages[5]).lsn}) == {1: pages[1]}
-        # Of an incremental backup what changed comes from it, all else from the full one.
-        take(site.cluster, site.repository, incremental=True)
-        site.settle()
-        assert cold({}) == pages | {3: site.page(target.path, 3)}
-        site.sql("delete from other where ctid >= '(20,0)'")
-        site.sql("vacuum (truncate on) other")
-        assert cold({}) == {}
 
 
 def test_without_a_way_to_drop_buffers(new_server: ServerFactory) -> None:

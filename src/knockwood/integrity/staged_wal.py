@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from knockwood.errors import HostError, KnockwoodError
 from knockwood.host import files
@@ -17,6 +19,9 @@ from knockwood.repository.inventory import ArchiveInventory, Partial
 from knockwood.repository.walk import workplace
 
 T = TypeVar("T")
+
+_FETCHING: Final = 4
+"""Segments that are brought from the archive at once."""
 
 
 class WalRecycledError(HostError):
@@ -109,6 +114,7 @@ def staged_wal(
         if not numbers:
             yield None
             return
+        stage.bring()
         start = max(Lsn(min(numbers) * size), since or Lsn(0))
         yield StagedWal(stage.folder, subject.facts.timeline, start, end, size, stage.linked)
 
@@ -122,9 +128,10 @@ class _Stage:
         self.linked: dict[Path, int] = {}
         self._archive = WalArchive(subject.repository) if subject.repository else None
         self._inventory: ArchiveInventory | None = None
+        self._wanted: list[Callable[[], None]] = []
 
     def gather(self, until: Lsn, count: int, since: Lsn | None) -> tuple[list[int], Lsn]:
-        """The numbers of the segments put into the folder, and where their WAL ends."""
+        """The numbers of the segments that `bring` puts into the folder, and where their WAL ends."""
         numbers: list[int] = []
         end = until
         number = (until.value - 1) // self.size
@@ -143,6 +150,16 @@ class _Stage:
                 break
             number -= 1
         return numbers, end
+
+    def bring(self) -> None:
+        """Fetch what the archive has of them, several at once."""
+        with ThreadPoolExecutor(_FETCHING, thread_name_prefix="wal") as pool:
+            jobs = [pool.submit(fetch) for fetch in self._wanted]
+            try:
+                for job in jobs:
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _put(self, segment: WalSegment) -> Lsn | None:
         target = self.folder / segment.name
@@ -169,10 +186,11 @@ class _Stage:
         if self._inventory is None:
             self._inventory = self._archive.inventory()
         place = self._inventory.source(segment)
+        # Nobody needs them after a crash.
         if place == "segment":
-            self._archive.fetch(segment, target)
+            self._wanted.append(partial(self._archive.fetch, segment, target, durable=False))
             return segment.end
         if isinstance(place, Partial) and not whole:
-            self._archive.fetch_partial(place.name, target)
+            self._wanted.append(partial(self._archive.fetch_partial, place.name, target, durable=False))
             return place.end
         return None

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from knockwood.errors import RefusedError
@@ -29,6 +30,7 @@ from knockwood.operations.page_repair_verify import verify_pages
 from knockwood.postgres.connection import connect, with_words
 from knockwood.recover import pages_facts as facts
 from knockwood.recover import rows
+from knockwood.recover.evidence import Keep
 from knockwood.recover.execute import Handler
 from knockwood.recover.indexes import mend_indexes, reindex
 from knockwood.recover.journal import StepJournal
@@ -71,19 +73,22 @@ class PageRepairs(GoodImages):
         facts.say_mended(self.subject, target, images)
 
 
-def _keeper(journal: StepJournal) -> Callable[[str, bytes], None]:
+def _keeper(journal: StepJournal) -> Keep:
     """Keeps evidence; a page that has changed since the first time is kept as well, under another name."""
 
-    def keep(name: str, data: bytes) -> None:
-        number = 0
-        while True:
+    def free(name: str, data: bytes) -> str | None:
+        """A name under which nothing is kept yet; None where the data are kept already."""
+        for number in count():
             label = f"{name}.{number}" if number else name
             if journal.kept(label) is None:
-                journal.evidence(label, data)
-                return
+                return label
             if journal.read_evidence(label) == data:
-                return
-            number += 1
+                return None
+        raise AssertionError
+
+    def keep(pieces: Mapping[str, bytes]) -> None:
+        labels = {name: free(name, data) for name, data in pieces.items()}
+        journal.evidence_of_many({label: pieces[name] for name, label in labels.items() if label})
 
     return keep
 

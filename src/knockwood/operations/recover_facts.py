@@ -133,7 +133,8 @@ def _scan_rate(report: Report | None, known: Mapping[str, RelationFact]) -> floa
 def whole_restore(
     cluster: Cluster, repository: Repository | None, wish: Wish, go_on: GoOn
 ) -> WholeRestore | None:
-    """What restoring the whole cluster in place would need and lose; the WAL up to there is read for it."""
+    """What restoring the whole cluster in place would need and lose; the WAL up to there is read where it is ordered,
+    or a target has to be found in it."""
     if repository is None:
         return None
     latest = isinstance(wish.target, Latest)
@@ -149,7 +150,11 @@ def whole_restore(
 
     def lead(_notes: tuple[str, ...] = ()) -> RestorePlan:
         return resolve(
-            repository, wish.target, programs_for=cluster.programs, progress=lambda _done, _total: go_on()
+            repository,
+            wish.target,
+            unread=latest and not wish.in_place,
+            programs_for=cluster.programs,
+            progress=lambda _done, _total: go_on(),
         )
 
     try:
@@ -167,4 +172,5 @@ def whole_restore(
         if folder
         else {},
         refused=None if folder else "data_directory is not set for this cluster",
+        unread=plan.unread,
     )

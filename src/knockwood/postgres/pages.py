@@ -84,8 +84,7 @@ class PageHeader:
         return None
 
 
-_MOST: Final = np.uint64(0xFFFF_FFFF)
-_MULTIPLES: Final = np.arange(0, 1 << 32, 65535, dtype=np.uint64)
+_MODULUS: Final = 65535
 
 
 def decode_header(page: Chunk) -> PageHeader:
@@ -154,10 +153,12 @@ def fitting_blocks(page: Chunk, count: int) -> list[int]:
     if not stored:
         return []  # no checksum is ever 0
     folded = int(np.bitwise_xor.reduce(_sums(_pages(page)[:1]), axis=1)[0])
-    # What gives this checksum is known, so that a table's length costs nothing: see `checksums_of`.
-    mixed = _MULTIPLES + np.uint64(stored - 1)
-    blocks = mixed[mixed <= _MOST] ^ np.uint64(folded)
-    return sorted(map(int, blocks[blocks < count]))
+    # Numbers below `count` differ from each other in their low bits only, and what gives this checksum is known,
+    # so that a table's length costs little: see `checksums_of`.
+    span = 1 << max(count - 1, 0).bit_length()
+    low = folded & -span
+    first = low + (stored - 1 - low) % _MODULUS
+    return sorted(block for mixed in range(first, low + span, _MODULUS) if (block := mixed ^ folded) < count)
 
 
 def sealed(page: Chunk, block: int) -> bytes:

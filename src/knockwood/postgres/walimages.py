@@ -1,4 +1,4 @@
-"""Full-page images in WAL: which pages they are of, and the page LSN inside each."""
+"""Full-page images in WAL: which pages they are of, the page LSN inside each, and the pages themselves."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ _COMPRESSED: Final = 0x1C
 _MAX_BLOCK_ID: Final = 32
 _HEADERS: Final = 1024
 """More than the headers of a record take: 33 blocks of at most 27 bytes each."""
+
+
+class _Place(NamedTuple):
+    """An image in a record: where its bytes are, how they are packed, and the hole of zeros that was left out."""
+
+    offset: int
+    length: int
+    info: int
+    hole_at: int
+    hole_bytes: int
 
 
 class PageImage(NamedTuple):
@@ -87,27 +97,45 @@ class WalImages:
 
         Raises HostError where the WAL is not there or ends too early.
         """
+        place, head = self._place(lsn, number)
+        data = self._data(lsn, place, 8, head) if place is not None else b""
+        if len(data) < 8:
+            return None
+        high, low = struct.unpack("<II", data)
+        return Lsn(high << 32 | low)
+
+    def page(self, lsn: Lsn, number: int, end: Lsn) -> bytes | None:
+        """The page as replay of the record at `lsn`, which ends at `end`, leaves it, but for its checksum; None where
+        `image_lsn` is (xlogreader.c, RestoreBlockImage)."""
+        place, head = self._place(lsn, number)
+        if place is None:
+            return None
+        kept = PAGE_BYTES - place.hole_bytes
+        data = self._data(lsn, place, kept, head)
+        if len(data) != kept or not any(data):
+            return None
+        page = data[: place.hole_at] + bytes(place.hole_bytes) + data[place.hole_at :]
+        return struct.pack("<II", end.value >> 32, end.value & 0xFFFF_FFFF) + page[8:]
+
+    def _place(self, lsn: Lsn, number: int) -> tuple[_Place | None, bytes]:
+        """Where the image is that replay uses, and the record's first bytes."""
         # Mostly one read will do: up to the end of the WAL page there is no header of one in between.
         head = self._pread(lsn.value, min(_HEADERS, PAGE_BYTES - lsn.value % PAGE_BYTES))
         total = int.from_bytes(head[:4], "little")
         if len(head) < min(_HEADERS, total):
             head = self._bytes(lsn, 0, min(_HEADERS, total))
         place = _image(head, number, total)
-        if place is None:
-            return None
-        offset, length, info = place
-        if not info & _APPLY:
-            return None
-        compressed = info & _COMPRESSED
-        needed = length if compressed else 8
-        whole = offset + needed <= len(head)
-        data = head[offset : offset + needed] if whole else self._bytes(lsn, offset, needed)
+        return (place if place is not None and place.info & _APPLY else None), head
+
+    def _data(self, lsn: Lsn, place: _Place, wanted: int, head: bytes) -> bytes:
+        """The first bytes of an image, unpacked; nothing where the method is not known."""
+        compressed = place.info & _COMPRESSED
+        needed = place.length if compressed else min(wanted, place.length)
+        end = place.offset + needed
+        data = head[place.offset : end] if end <= len(head) else self._bytes(lsn, place.offset, needed)
         if compressed:
-            data = _METHODS[compressed](data, 8) if compressed in _METHODS else b""
-        if len(data) < 8:
-            return None
-        high, low = struct.unpack("<II", data)
-        return Lsn(high << 32 | low)
+            return _METHODS[compressed](data, wanted) if compressed in _METHODS else b""
+        return data
 
     def _bytes(self, lsn: Lsn, skip: int, count: int) -> bytes:
         """Bytes of a record, which the headers of the pages that it crosses interrupt."""
@@ -141,13 +169,13 @@ class WalImages:
             raise HostError(f"WAL cannot be read: {error.strerror}", where=str(self._folder)) from error
 
 
-def _image(record: bytes, number: int, total: int) -> tuple[int, int, int] | None:
-    """Offset, length and flags of the image of a block reference (xlogreader.c, DecodeXLogRecord).
+def _image(record: bytes, number: int, total: int) -> _Place | None:
+    """Where the image of a block reference is (xlogreader.c, DecodeXLogRecord).
 
     Headers come first, then the data of all of them: what is left of `total` bytes shows where the headers end.
     """
     at, data_bytes = _RECORD_HEADER, 0
-    images: dict[int, tuple[int, int, int]] = {}
+    images: dict[int, _Place] = {}
     while total - at > data_bytes:
         identity = record[at]
         if identity > _MAX_BLOCK_ID:
@@ -159,16 +187,20 @@ def _image(record: bytes, number: int, total: int) -> tuple[int, int, int] | Non
         _, flags, length = struct.unpack_from("<BBH", record, at)
         at += 4
         if flags & _HAS_IMAGE:
-            image_bytes, _, info = struct.unpack_from("<HHB", record, at)
-            at += 5 + (2 if info & _COMPRESSED and info & _HAS_HOLE else 0)
-            images[identity] = (data_bytes, image_bytes, info)
+            image_bytes, hole_at, info = struct.unpack_from("<HHB", record, at)
+            at += 5
+            hole = PAGE_BYTES - image_bytes if info & _HAS_HOLE else 0
+            if info & _COMPRESSED and info & _HAS_HOLE:
+                (hole,) = struct.unpack_from("<H", record, at)
+                at += 2
+            images[identity] = _Place(data_bytes, image_bytes, info, hole_at, hole)
             data_bytes += image_bytes
         data_bytes += length
         at += 4 if flags & _SAME_RELATION else 16
     if number not in images:
         return None
-    offset, length, info = images[number]
-    return at + offset, length, info
+    place = images[number]
+    return place._replace(offset=at + place.offset)
 
 
 def _other_header(record: bytes, at: int) -> tuple[int, int]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from knockwood.errors import HostError, ObjectExistsError, RefusedError
 from knockwood.host import files
+
+Keep = Callable[[Mapping[str, bytes]], None]
+"""Keeps pieces of evidence by name; they are durable on return."""
 
 
 def keep(folder: Path, name: str, data: bytes) -> tuple[Path, str]:

@@ -13,6 +13,7 @@ import os
 import socket
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,7 @@ RECOVERIES: Final = "recoveries"
 _PLAN: Final = "plan.json"
 _JOURNAL: Final = "journal.jsonl"
 _EVIDENCE: Final = "evidence"
+_FLUSHING: Final = 16
 
 Event = Mapping[str, Any]
 
@@ -177,13 +179,23 @@ class StepJournal:
 
     def evidence(self, name: str, data: bytes) -> Path:
         """Keep bytes durably; returns the path. What was kept first under this name stays, and is returned."""
-        kept = self.kept(name)
-        if kept is not None:
-            return kept
-        file = f"{self.position:03d}-{name}"
-        path, sha256 = evidence.keep(self._journal.evidence_folder, file, data)
-        self._journal.append("evidence", step=self.position, name=name, file=file, sha256=sha256)
+        self.evidence_of_many({name: data})
+        path = self.kept(name)
+        assert path is not None
         return path
+
+    def evidence_of_many(self, pieces: Mapping[str, bytes]) -> None:
+        """Keep bytes durably under their names; what was kept first under one stays. Flushed side by side."""
+        files = {name: f"{self.position:03d}-{name}" for name in pieces if self._entry(name) is None}
+        if not files:
+            return
+        folder = self._journal.evidence_folder
+        with ThreadPoolExecutor(_FLUSHING) as pool:
+            jobs = {
+                name: pool.submit(evidence.keep, folder, file, pieces[name]) for name, file in files.items()
+            }
+        kept = [{"name": name, "file": files[name], "sha256": job.result()[1]} for name, job in jobs.items()]
+        self._journal.append("evidence", step=self.position, kept=kept)
 
     def kept(self, name: str) -> Path | None:
         """Where evidence of this name lies, None if none was kept."""
@@ -201,17 +213,15 @@ class StepJournal:
     def evidence_paths(self) -> tuple[str, ...]:
         """The paths of all that this step has kept, in order; for its StepResult."""
         place = self._journal.evidence_folder
-        return tuple(
-            str(place / event["file"])
-            for event in self._journal.of_step(self.position)
-            if event["event"] == "evidence"
-        )
+        return tuple(str(place / entry["file"]) for entry in self._kept())
 
-    def _entry(self, name: str) -> Event | None:
+    def _entry(self, name: str) -> dict[str, str] | None:
+        return next((entry for entry in self._kept() if entry["name"] == name), None)
+
+    def _kept(self) -> Iterator[dict[str, str]]:
         for event in self._journal.of_step(self.position):
-            if event["event"] == "evidence" and event["name"] == name:
-                return event
-        return None
+            if event["event"] == "evidence":
+                yield from event["kept"]
 
 
 def holder() -> dict[str, Any]:

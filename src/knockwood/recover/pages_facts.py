@@ -192,12 +192,13 @@ def wal_facts(
     since: Lsn,
     until: Lsn,
     beyond: Mapping[int, Lsn] = NOTHING_KNOWN,
-    beside: Callable[[StagedWal], None] | None = None,
+    beside: Callable[[StagedWal, Mapping[int, Sequence[BlockRecord]]], None] | None = None,
 ) -> Mapping[int, WalFacts]:
     """What the WAL in [since, until) says of the blocks, from the server's pg_wal or else the archive.
 
     `beyond` are starts of records known to have changed blocks. Never raises for WAL that cannot be had: then
-    nothing is known, with the reason. `beside` is given the same WAL (perhaps twice) to look for something else.
+    nothing is known, with the reason. `beside` is given the same WAL, with the records (perhaps twice), to look for
+    something else.
     """
     if not blocks:
         return {}
@@ -218,7 +219,7 @@ def wal_facts(
                 for block, each in records.items()
             }
         if beside is not None:
-            beside(wal)
+            beside(wal, records)
         return records
 
     try:

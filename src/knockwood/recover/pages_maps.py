@@ -17,6 +17,7 @@ from knockwood.integrity.check import Subject
 from knockwood.postgres.connection import connect, translated, with_words
 from knockwood.postgres.pages import PAGE_BYTES
 from knockwood.recover import pages_facts as facts
+from knockwood.recover.evidence import Keep
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_session import Patience, session
 from knockwood.recover.plan.pages import RelationFacts, segment_of, segment_path
@@ -35,7 +36,7 @@ def rebuild_map(
     fork: str,
     blocks: Sequence[int],
     *,
-    keep: Callable[[str, bytes], None],
+    keep: Keep,
     note: Callable[[str, Any], None],
     notes: dict[str, Any],
     patience: Patience | None = None,
@@ -51,10 +52,8 @@ def rebuild_map(
         target = facts.target_of(tools.connection, database, oid)
         _require_rebuildable(subject, target, fork)
         if not notes.get("cleared"):
-            for block in blocks:
-                page = facts.read_page(subject, f"{target.path}_{fork}", block)
-                if page:
-                    keep(f"{target.node[2]}_{fork}-{block}.damaged", page)
+            pages = {block: facts.read_page(subject, f"{target.path}_{fork}", block) for block in blocks}
+            keep({f"{target.node[2]}_{fork}-{b}.damaged": page for b, page in pages.items() if page})
             if fork == "vm":
                 schema = tools.schemas.get("pg_visibility")
                 if schema is None:

@@ -93,5 +93,6 @@ class _Taker:
                         has_image,
                         inner,
                         int(xid),
+                        int(number),
                     )
                 )

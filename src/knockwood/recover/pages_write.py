@@ -7,7 +7,7 @@ and no buffer holds it: so no buffer can ever write the old content over the new
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from knockwood.model.wal import Lsn
 from knockwood.postgres.connection import connect, translated, with_words
 from knockwood.postgres.pages import PAGE_BYTES, bad_pages, decode_header, sealed
 from knockwood.recover import pages_facts as facts
+from knockwood.recover.evidence import Keep
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, require_proven
 from knockwood.recover.pages_session import Patience, Session, session
@@ -34,8 +35,6 @@ from knockwood.recover.plan.pages import (
     segment_of,
     segment_path,
 )
-
-Keep = Callable[[str, bytes], None]
 
 
 class Images(Protocol):
@@ -187,9 +186,8 @@ def repair(
         seen = look(first, target, blocks, since, beyond=beyond)
         _require(seen, procedure)
     done = Repaired(healthy=seen.blocks(Procedure.NOTHING))
-    for block, page in seen.pages.items():
-        if page and block not in done.healthy:
-            keep(f"{target.node[2]}-{block}.damaged", page)
+    damaged = {block: page for block, page in seen.pages.items() if page and block not in done.healthy}
+    keep(_named(target, damaged, "damaged"))
     milder = seen.blocks(Procedure.WRITE)
     wait = patience or Patience()
     for chosen, wanted in ((Procedure.WRITE, milder), (procedure, seen.blocks(procedure))):
@@ -207,6 +205,10 @@ def repair(
     if not done.mended and not done.healthy:
         require_proven(target, done.unproven)
     return done
+
+
+def _named(target: Target, pages: Mapping[int, bytes], what: str) -> dict[str, bytes]:
+    return {f"{target.node[2]}-{block}.{what}": page for block, page in pages.items()}
 
 
 def _by_stop(seen: Looked, blocks: Sequence[int]) -> dict[Lsn | None, list[int]]:
@@ -260,8 +262,7 @@ def _one_lock(
         until = facts.flush_wal(subject, target.database)
         later = facts.wal_facts(subject, target, blocks, good.reached, until)
         _require_current(later, target, reads=before is not None)
-        for block in blocks:
-            keep(f"{target.node[2]}-{block}.good", good.images[block])
+        keep(_named(target, {block: good.images[block] for block in blocks}, "good"))
     mode = Judgement(PageClass.REFUSED, procedure, "").lock
     with session(subject, target.database) as locked:
         locked.lock(target, mode, patience)
@@ -313,12 +314,10 @@ class _Work:
         if not blocks:
             return
         images = self._images(blocks, seen)
-        for block in blocks:
-            page = seen.pages[block]
-            if page:
-                self.done.described[block] = describe(page, images[block])
-                # Nearly always what was kept before the lock: then this costs nothing.
-                self.keep(f"{self.target.node[2]}-{block}.damaged", page)
+        damaged = {block: page for block in blocks if (page := seen.pages[block])}
+        self.done.described |= {block: describe(page, images[block]) for block, page in damaged.items()}
+        # Nearly always what was kept before the lock: then this costs nothing.
+        self.keep(_named(self.target, damaged, "damaged"))
         if self.procedure is Procedure.REPLACE:
             self.session.evict(self.target, blocks)
         self._write(blocks, images)

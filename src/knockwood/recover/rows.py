@@ -18,6 +18,7 @@ from knockwood.errors import RefusedError
 from knockwood.host import clock
 from knockwood.integrity.check import Subject
 from knockwood.postgres.connection import Connection, connect, translated, with_words
+from knockwood.recover.evidence import Keep
 from knockwood.recover.pages_facts import Target, target_of
 from knockwood.recover.plan.lost_rows import Change, Key, Mend, Merged, Row, merge_lost
 
@@ -174,7 +175,7 @@ def replace_rows(
     true: Mapping[Key, Row],
     blocks: Sequence[int],
     *,
-    keep: Callable[[str, bytes], None],
+    keep: Keep,
     note: Callable[[str, Any], None],
     lock_timeout: float = 2.0,
 ) -> Replaced:
@@ -209,7 +210,7 @@ def replace_rows(
             if not merged.mends:
                 connection.rollback()
                 return Replaced((), None, clock.monotonic() - began)
-            keep(f"block-{'-'.join(map(str, blocks[:_SHOWN]))}.rows", _evidence(shape, merged))
+            keep({f"block-{'-'.join(map(str, blocks[:_SHOWN]))}.rows": _evidence(shape, merged)})
             xid = _apply(connection, shape, target, merged.mends)
             _check_foreign_keys(connection, target, shape, merged.mends)
             note("xid", xid)

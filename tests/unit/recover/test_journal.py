@@ -60,6 +60,20 @@ def test_evidence_is_never_overwritten(tmp_path: Path) -> None:
             step.evidence(name, b"")
 
 
+def test_many_pieces_of_evidence_are_one_line_of_the_journal(tmp_path: Path) -> None:
+    journal = begun(tmp_path / "a")
+    step = StepJournal(journal, 0)
+    step.evidence("page-1", b"first")
+    before = len(journal.events)
+    step.evidence_of_many({f"page-{number}": b"%d" % number for number in range(40)})
+    step.evidence_of_many({"page-3": b"later"})
+    assert len(journal.events) == before + 1
+    again = StepJournal(Journal.open(tmp_path / "a"), 0)
+    assert again.read_evidence("page-1") == b"first", "what was kept first stays"
+    assert [again.read_evidence(f"page-{number}") for number in (0, 3, 39)] == [b"0", b"3", b"39"]
+    assert len(again.evidence_paths) == 40
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(cut=st.integers(1, 2000), garbage=st.binary(max_size=40))
 def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int, garbage: bytes) -> None:

@@ -27,7 +27,7 @@ class BlockRecord:
     """A WAL record that names a block. `end` is where it ends: the LSN it leaves on the page.
 
     `image_lsn` is the page LSN inside its full-page image: that of the change before. None without an image,
-    or where it cannot be read (`image` tells which).
+    or where it cannot be read (`image` tells which). `number` is that of the block reference in the record.
     """
 
     lsn: Lsn
@@ -36,6 +36,7 @@ class BlockRecord:
     image: bool = False
     image_lsn: Lsn | None = None
     xid: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class WholeRestore:
 
     `target` is as the operator wrote it, `lsn` the position it resolved to. `rows_back`: the target lies
     before now, so that rows written wrongly since are gone too. `ordered`: the operator asked for it in place.
-    `refused` says why it cannot be done.
+    `refused` says why it cannot be done. `unread`: whether its WAL is whole was not looked at.
     """
 
     target: str
@@ -56,6 +56,7 @@ class WholeRestore:
     ordered: bool = False
     arguments: Mapping[str, object] = field(default_factory=dict)
     refused: str | None = None
+    unread: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,6 +220,13 @@ def test_the_whole_cluster_is_never_restored_unordered() -> None:
     ]
 
 
+def test_an_alternative_says_that_its_wal_was_not_read() -> None:
+    for unread in (False, True):
+        plan = decide([page()], replace(READY, whole=replace(WHOLE, unread=unread)))
+        told = [each.why_not for each in plan.alternatives if "restore the cluster" in each.title]
+        assert [("whether its WAL is whole is read only then" in why) for why in told] == [unread, unread]
+
+
 def test_an_ordered_restore_replaces_all_smaller_repairs() -> None:
     plan = decide([page(), index()], replace(READY, whole=replace(WHOLE, ordered=True)), (offer(page()),))
     assert [step.kind for step in plan.steps] == ["restore-in-place"]

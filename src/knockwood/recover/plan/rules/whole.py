@@ -65,6 +65,8 @@ def alternatives(situation: Situation, chosen: bool) -> list[Alternative]:
     if whole is None:
         return []
     why = "a smaller repair heals what can be healed" if chosen else "it has to be ordered"
+    if whole.unread:
+        why += "; whether its WAL is whole is read only then"
     lasting = seconds(situation)
     found = [
         Alternative(
