@@ -8,7 +8,7 @@ being with holes: PostgreSQL itself raises an error for whoever reads one. What 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from knockwood.errors import (
 )
 from knockwood.host import clock, files, privileges
 from knockwood.host.privileges import Account
-from knockwood.model.wal import Lsn
+from knockwood.model.wal import Lsn, WalSegment
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, connect, translated
 from knockwood.repository.backups.listing import relation_map
@@ -100,26 +100,30 @@ class PartialClone(Clone):
         """Stored bytes of the backup that were read (compressed), without its lists of files."""
         return self.part.read if self.part else 0
 
-    def fill_spool(self, plan: RestorePlan, progress: Report | None = None, workers: int = 4) -> None:
-        """Fetch WAL, and silence in it what concerns relations that are not here."""
+    def _look_through(
+        self, plan: RestorePlan, missing: Sequence[WalPiece], segments: Iterator[WalSegment]
+    ) -> None:
+        """Silence in the WAL what concerns relations that are not here."""
         assert self.wal_filter is not None
-        renewed = [piece.segment.start for piece in self.spool.missing(plan.wal)]
-        Clone.fill_spool(self, plan, progress, workers)
+        renewed = [piece.segment.start for piece in missing]
         start = plan.backup.start_lsn
         if self.wal_filter.reached is not None:
             start = min([self.wal_filter.reached, *renewed])
         if renewed or not self.wal_filter.has_seen(plan.target_lsn):
-            self.wal_filter.apply([piece.segment for piece in plan.wal], start, plan.target_lsn)
+            self.wal_filter.apply(segments, start, plan.target_lsn)
+        for _ in segments:
+            pass
         self.wal_filter.require_no_tablespace(plan.target_lsn or plan.backup.stop_lsn)
+
+    def _guard(self) -> None:
+        """Write what keeps readers and redo from blocks that are not here; their files are."""
+        assert self.wal_filter is not None
         pieces = self.wal_filter.pieces.values()
         if self.server.running and any(piece.outgrows(self.data_directory) for piece in pieces):
             # A server in recovery remembers how long a file is.
             self.recovery.settle()
         for part in pieces:
             part.guard(self.data_directory, self.workspace.account)
-
-    def _refuse_tablespaces(self, plan: RestorePlan, missing: Iterable[WalPiece]) -> None:
-        """The filter tells, which reads all of the WAL anyway."""
 
     def advance(self, plan: RestorePlan, progress: Report | None = None) -> Lsn:
         """Replay on to a later goal, without a restart where that can be."""
@@ -129,6 +133,7 @@ class PartialClone(Clone):
         if self.server.running and plan.timeline != self.plan.timeline:
             self.recovery.settle()
         self.fill_spool(plan, progress)
+        self._guard()
         self.plan = plan
         self.recovery.segments = tuple(piece.segment for piece in plan.wal)
         if not self.server.running:
@@ -145,6 +150,7 @@ class PartialClone(Clone):
 
     def replay(self, progress: Report | None = None) -> Lsn:
         """Run recovery to the plan's goal, and prove that nothing incomplete can be read there."""
+        self._guard()
         reached = Clone.replay(self, progress)
         _prove(self)
         return reached

@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,8 +113,8 @@ class WalFilter:
     reached: Lsn | None = None
     """Where the last record that was looked at starts."""
 
-    def apply(self, segments: Collection[WalSegment], start: Lsn, target: Lsn | None) -> None:
-        """Look at every record of the spool's `segments` from `start` on, and silence what has to be.
+    def apply(self, segments: Iterable[WalSegment], start: Lsn, target: Lsn | None) -> None:
+        """Look at every record of the spool's `segments`, given in order, from `start` on, and silence what has to be.
 
         All of them, not only those up to the record at `target`: a later goal may lie in the same segment.
         Raises RefusedError where the WAL does what a partial clone cannot follow, ProgramFailedError or
@@ -123,7 +123,7 @@ class WalFilter:
         complaint: str | None = None
         tail: Tail | None = None
         previous: WalSegment | None = None
-        for segment in sorted(segments, key=lambda each: each.number):
+        for segment in segments:
             # One that ends there is read for the record that it leaves to the next.
             if segment.end < start:
                 continue

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from knockwood.clone.workspace import Workspace
 from knockwood.errors import KnockwoodError, RefusedError, UnsupportedVersionError, WrongSystemError
 from knockwood.host import clock, files, privileges, processes
 from knockwood.host.privileges import Account
-from knockwood.model.wal import Lsn
+from knockwood.model.wal import Lsn, WalSegment
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.server import LocalServer
 from knockwood.repository.archive import WalArchive
@@ -127,7 +127,16 @@ class Clone:
         needed = len(missing) * archive.segment_bytes
         files.require_space(self.workspace.root, needed + min(needed, _REPLAY_WAL) + _MARGIN, "the WAL")
         self.spool.fetch_histories(archive, plan.histories)
-        self.spool.fetch(archive, plan.wal, workers=workers, progress=progress)
+        with closing(self.spool.arriving(archive, plan.wal, workers=workers, progress=progress)) as segments:
+            self._look_through(plan, missing, segments)
+        self.timings.wal = clock.monotonic() - began
+
+    def _look_through(
+        self, plan: RestorePlan, missing: Sequence[WalPiece], segments: Iterator[WalSegment]
+    ) -> None:
+        """Look through the plan's WAL as it comes into the spool; `missing` came anew."""
+        for _ in segments:
+            pass
         self._refuse_tablespaces(plan, missing)
         if self.lock_filter is not None:
             start = plan.backup.start_lsn
@@ -136,7 +145,6 @@ class Clone:
                 anew = (Lsn(piece.segment.start.value - piece.segment.bytes) for piece in missing)
                 start = max(start, min([self.lock_filter.reached, *anew]))
             self.lock_filter.apply([piece.segment for piece in plan.wal], start)
-        self.timings.wal = clock.monotonic() - began
 
     def _refuse_tablespaces(self, plan: RestorePlan, missing: Iterable[WalPiece]) -> None:
         end = plan.target_lsn or plan.backup.stop_lsn
@@ -257,20 +265,16 @@ def fetch(
     """Bring backup and WAL into the workspace and settle the server's configuration but for the goal.
 
     With `part` only those files of the backup, with `flushing` on their way to the disk already. `after_files`
-    is called when the files are there, before the WAL is where it depends on them.
+    is called when the files are there.
     """
     if clone.plan.backup.tablespaces:
         files.make_folder(tablespaces, 0o711)
         privileges.give(tablespaces, clone.workspace.account)
     with ThreadPoolExecutor(1, thread_name_prefix="clone-wal") as beside:
-        # What a partial clone needs of the WAL depends on its files.
-        wal = beside.submit(clone.fill_spool, clone.plan, None, workers) if part is None else None
+        wal = beside.submit(clone.fill_spool, clone.plan, None, workers)
         _fetch_files(clone, purpose, tablespaces, progress, workers, part, flushing)
-    after_files()
-    if wal is None:
-        clone.fill_spool(clone.plan, progress, workers)
-    else:
-        wal.result()
+        after_files()
+    wal.result()
 
 
 def _fetch_files(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,19 +52,35 @@ class Spool:
         progress: Report | None = None,
     ) -> None:
         """Fetch what is missing; ObjectMissingError or ObjectDamagedError if a piece is not whole."""
+        for _ in self.arriving(archive, pieces, workers=workers, progress=progress):
+            pass
+
+    def arriving(
+        self,
+        archive: WalArchive,
+        pieces: Iterable[WalPiece],
+        *,
+        workers: int = 4,
+        progress: Report | None = None,
+    ) -> Generator[WalSegment, None, None]:
+        """Fetch what is missing, and give each segment, in the pieces' order, once it is here. Raises as `fetch`."""
         wanted = list(pieces)
         missing = self.missing(wanted)
         with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="wal") as pool:
-            jobs = [pool.submit(self._fetch_one, archive, piece) for piece in missing]
+            jobs = {piece.segment: pool.submit(self._fetch_one, archive, piece) for piece in missing}
             try:
-                for count, job in enumerate(as_completed(jobs), start=1):
-                    job.result()
-                    if progress is not None:
-                        size = archive.segment_bytes
-                        progress(Progress(count * size, len(missing) * size, "WAL"))
+                done = 0
+                for piece in wanted:
+                    if piece.segment in jobs:
+                        jobs[piece.segment].result()
+                        done += 1
+                        if progress is not None:
+                            size = archive.segment_bytes
+                            progress(Progress(done * size, len(missing) * size, "WAL"))
+                    self.verify([piece])
+                    yield piece.segment
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
-        self.verify(wanted)
 
     def _fetch_one(self, archive: WalArchive, piece: WalPiece) -> None:
         path = self.folder / piece.segment.name
