@@ -80,9 +80,11 @@ def test_pages_that_their_last_record_brings_whole(
         site.sql("vacuum orders")
         site.sql("checkpoint")
         for number in range(1, 4000, 250):
-            site.sql("set enable_seqscan = off; update orders set note = 'once' where id = %s" % number)
+            site.sql(f"set enable_seqscan = off; update orders set note = 'once' where id = {number}")
         site.sql("set enable_seqscan = off; update orders set note = 'twice' where id = 501")
-        twice = site.sql("set enable_seqscan = off; select (ctid::text::point)[0]::int from orders where id = 501")
+        twice = site.sql(
+            "set enable_seqscan = off; select (ctid::text::point)[0]::int from orders where id = 501"
+        )
         found = cold(site, "orders", blocks)
         site.settle()
         assert len(found) > 10

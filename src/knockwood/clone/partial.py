@@ -201,6 +201,7 @@ def spawn_partial(
             stubs=frozenset(selection.stubs),
         )
         clone.entry = entry
+        clone.recovery.entrance = selection.entrance
         _require_room(workspace.root, plan, part)
         workspace.create(lambda: sign(entry.record))
     except BaseException:
@@ -350,7 +351,7 @@ def _prove(clone: PartialClone) -> None:
         if relation_here is not None and not known.whole(relation_here) and relation_here not in clone.stubs:
             raise PartialImpossibleError(f"replay made {path}, which is not whole")
     missing: dict[str, Locator] = {}
-    with connect(clone.dsn("template1")) as connection, translated():
+    with connect(clone.dsn(clone.entrance)) as connection, translated():
         rows = connection.execute("select datname from pg_catalog.pg_database").fetchall()
     databases = {row[0] for row in rows}
     for key in clone.keys:

@@ -11,7 +11,7 @@ from knockwood.errors import ObjectMissingError
 from knockwood.repository.backups.listing import Relation, RelationMap
 
 _FIRST_NORMAL = 16384
-_TEMPLATE1 = 1
+_TEMPLATE1, _TEMPLATE1_OID = "template1", 1
 
 # pg_largeobject and its index: catalogs by name, as large as the users made them.
 _LARGE_OBJECTS: Final = frozenset({2613, 2683})
@@ -93,13 +93,15 @@ class Cut:
 class Selection:
     """The files to fetch: `relations` (with all forks and segments), and of `whole` databases everything.
 
-    Of relations in `cuts` only some blocks are fetched, of indexes in `stubs` (with their paths) the first.
+    `entrance` is a database whose catalogs are among them. Of relations in `cuts` only some blocks are fetched, of
+    indexes in `stubs` (with their paths) the first.
     """
 
     relations: frozenset[Locator]
     whole: frozenset[int] = frozenset()
     cuts: Mapping[Locator, Cut] = field(default_factory=dict)
     stubs: Mapping[Locator, str] = field(default_factory=dict)
+    entrance: str = _TEMPLATE1
 
     def wants(self, path: str) -> bool:
         """Whether the file at `path` (relative to the data directory) is fetched."""
@@ -131,7 +133,11 @@ def select(
     `pages` tells the length of the main fork at a path. Raises ObjectMissingError where the map of a wanted
     database was not recorded.
     """
-    names = {key.database for key in keys} | {"template1", "postgres"}
+    names = {key.database for key in keys}
+    known = names & {relation.database for relation in found.relations}
+    # A database that was made since has its catalogs in the WAL: nobody can log in to it before.
+    entrance = min(known) if known == names else _TEMPLATE1
+    names |= {entrance}
     for key in keys:
         if key.database in found.not_recorded:
             raise ObjectMissingError(
@@ -152,8 +158,8 @@ def select(
         if place[2] < _FIRST_NORMAL or place[2] in numbers:
             wanted.add(place)
     # Without its map nobody knows where a database's catalogs lie; it is small if nobody may enter it.
-    whole = {_TEMPLATE1} if "template1" in found.not_recorded else set()
-    return Selection(frozenset(wanted), frozenset(whole), cuts, stubs)
+    whole = {_TEMPLATE1_OID} if entrance in found.not_recorded else set()
+    return Selection(frozenset(wanted), frozenset(whole), cuts, stubs, entrance)
 
 
 def _cuts(

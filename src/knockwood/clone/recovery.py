@@ -48,7 +48,8 @@ class Recovery:
 
     `settings` are the server's whole configuration but for the goal's. `stall` is how many seconds
     replay may stay on one segment, logging nothing, before it counts as hung. `linked`: the spool is
-    needed no more after a promotion, so its files need not be copied (see `goal.restore_command`).
+    needed no more after a promotion, so its files need not be copied (see `goal.restore_command`). `entrance` is
+    the database to log in to.
     """
 
     workspace: Workspace
@@ -58,6 +59,7 @@ class Recovery:
     user: str = SUPERUSER
     stall: float = 1800
     linked: bool = False
+    entrance: str = "template1"
     _log_offset: int = field(default=0, repr=False)
 
     def dsn(self, database: str) -> str:
@@ -87,7 +89,7 @@ class Recovery:
     def promote(self) -> None:
         """Promote the paused server; returns when it takes writes."""
         self.workspace.permit_promotion()
-        with connect(self.dsn("template1")) as connection:
+        with connect(self.dsn(self.entrance)) as connection:
             # Resuming past a target promotes; pg_promote would only be noticed within a second.
             _one(connection, "select pg_catalog.pg_wal_replay_resume()::text")
             self._await(connection, "select not pg_catalog.pg_is_in_recovery()")
@@ -97,7 +99,7 @@ class Recovery:
 
         A restart point and a crash do in milliseconds what a clean shutdown does within a second.
         """
-        with connect(self.dsn("template1")) as connection, translated():
+        with connect(self.dsn(self.entrance)) as connection, translated():
             connection.execute("checkpoint")
         self.server.stop("immediate")
 
@@ -203,7 +205,7 @@ class Recovery:
         """A connection as a superuser, None while the server lets nobody in."""
         for user in dict.fromkeys([self.user, SUPERUSER, *superusers(self.workspace.data)]):
             try:
-                connection = connect(self.server.dsn("template1", user, options=_NO_LIBRARIES))
+                connection = connect(self.server.dsn(self.entrance, user, options=_NO_LIBRARIES))
             except AuthenticationError:
                 continue
             except ServerDownError:

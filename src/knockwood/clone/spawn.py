@@ -79,6 +79,11 @@ class Clone:
         return self.recovery.server
 
     @property
+    def entrance(self) -> str:
+        """The database to log in to where none is meant."""
+        return self.recovery.entrance
+
+    @property
     def data_directory(self) -> Path:
         return self.workspace.data
 

@@ -30,7 +30,9 @@ select label, definition from (
                'generated ' || nullif(a.attgenerated::text, ''),
                'collation ' || case when a.attcollation not in (0, y.typcollation) then a.attcollation::text end,
                'privileges ' || a.attacl::text,
-               'options ' || a.attoptions::text,
+               -- The server's own ones (pg_attver: when it was rewritten) are nobody's definition.
+               'options ' || (select pg_catalog.array_agg(o order by o)::text
+                              from pg_catalog.unnest(a.attoptions) o where not pg_catalog.starts_with(o, 'pg_')),
                'storage ' || nullif(a.attstorage, y.typstorage)::text),
            c.relnamespace
     from pg_catalog.pg_attribute a

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from knockwood.errors import InternalError
 from knockwood.history.chains import ChainId, Chains, Place, follow_moves
@@ -16,8 +15,6 @@ from knockwood.history.shapes import Catalog, Relation, TableShape, databases_of
 from knockwood.history.standing import Standing
 from knockwood.history.touched import FileId, Touched, TouchedFile
 from knockwood.history.transaction import ColumnValue, TableId
-
-_ENTRANCE: Final = "template1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,10 +264,10 @@ class Gathering:
 
     def _catalogs(self, clone: Standing) -> Iterator[tuple[int, Catalog]]:
         """The databases touched, each with an open connection; shared catalogs alone are seen from any."""
-        names = databases_of(clone.dsn(_ENTRANCE))
+        names = databases_of(clone.dsn(clone.entrance))
         wanted = {database for _, database, _ in self._numbers if database}
         if not wanted and self._numbers:
-            wanted = {oid for oid, name in names.items() if name == _ENTRANCE}
+            wanted = {oid for oid, name in names.items() if name == clone.entrance}
         for database in sorted(wanted):
             if database in names:
                 yield database, open_catalog(clone.dsn(names[database]), names[database])

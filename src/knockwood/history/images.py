@@ -264,7 +264,7 @@ def _gather_before(
 def _definitions(clone: Standing, gathering: Gathering) -> dict[str, ddl.Definitions]:
     """Of the databases whose catalogs were touched."""
     found: dict[str, ddl.Definitions] = {}
-    for oid, name in databases_of(clone.dsn("template1")).items():
+    for oid, name in databases_of(clone.dsn(clone.entrance)).items():
         if oid in gathering.catalogs_of:
             with open_catalog(clone.dsn(name), name) as catalog:
                 found[name] = ddl.definitions(catalog.connection)

@@ -262,7 +262,7 @@ class _Rows(_OnItsOwn):
                     clone.advance(just_before(clone.plan, lsn))
                 block, dsn = int(damage["block"]), clone.dsn(target.database)
                 if later:
-                    rows.require_ended(clone.dsn("template1"), target, damage["xids"])
+                    rows.require_ended(clone.dsn(clone.entrance), target, damage["xids"])
                     rows.join(true, rows.read_clone(dsn, shape, block, before[block]), target)
                 else:
                     before[block] = rows.read_clone(dsn, shape, block)

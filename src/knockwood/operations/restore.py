@@ -197,7 +197,7 @@ def _reserve_timelines(clone: Clone) -> None:
 
 
 def _subscriptions(clone: Clone) -> list[str]:
-    with connect(clone.dsn("template1")) as connection, translated():
+    with connect(clone.dsn(clone.entrance)) as connection, translated():
         rows = connection.execute(
             "select subname from pg_catalog.pg_subscription where subenabled order by subname"
         ).fetchall()
@@ -213,7 +213,7 @@ def _subscriptions(clone: Clone) -> list[str]:
 
 
 def _timeline(clone: Clone) -> Timeline:
-    with connect(clone.dsn("template1")) as connection, translated():
+    with connect(clone.dsn(clone.entrance)) as connection, translated():
         row = connection.execute(
             "select pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8)"
         ).fetchone()

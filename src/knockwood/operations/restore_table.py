@@ -13,9 +13,10 @@ from knockwood.clone.spawn import Clone
 from knockwood.errors import ObjectDamagedError, RefusedError
 from knockwood.host import clock, files, processes
 from knockwood.model import Lsn
+from knockwood.operations.beside import beside
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, connect, translated, with_words
-from knockwood.postgres.copying import batched
+from knockwood.postgres.copying import copy_rows
 from knockwood.recover.table_definition import (
     TableDefinition,
     TableName,
@@ -112,21 +113,28 @@ def _bring_back(
     with connect(clone.dsn(table.database)) as source:
         pin(source)
         definition = read_definition(source, table)
-        expected = fingerprint(source, definition, definition.source)
-        if file is not None:
-            _dump(clone, table, file)
-        if live_dsn is not None:
-            with connect(with_words(live_dsn, dbname=table.database)) as live:
-                _load(source, live, definition, name, expected, _comment(table, clone))
+        with beside(lambda _: _fingerprint(clone, table, definition)) as expected:
+            if file is not None:
+                _dump(clone, table, file)
+            if live_dsn is not None:
+                with connect(with_words(live_dsn, dbname=table.database)) as live:
+                    _load(source, live, definition, name, expected, _comment(table, clone))
+            rows, _ = expected()
     left_out = definition.left_out if file is None else ()
     return replace(
         outcome,
         applied=True,
         reached_lsn=clone.reached_lsn,
-        rows=expected[0],
+        rows=rows,
         left_out=left_out,
         whole_because=clone.whole_because,
     )
+
+
+def _fingerprint(clone: Clone, table: TableName, definition: TableDefinition) -> tuple[int, int]:
+    with connect(clone.dsn(table.database)) as connection:
+        pin(connection)
+        return fingerprint(connection, definition, definition.source)
 
 
 def _copy_name(table: str) -> str:
@@ -166,29 +174,24 @@ def _load(
     live: Connection,
     definition: TableDefinition,
     name: str,
-    expected: tuple[int, int],
+    expected: Callable[[], tuple[int, int]],
     comment: str,
 ) -> None:
     pin(live)
     _require_types(live, definition)
     target = destination(live, SCHEMA, name)
-    columns = definition.column_list
     with translated(), live.transaction():
         live.execute(f"create schema if not exists {SCHEMA}".encode())
         live.execute(definition.create(target).encode())
-        read = f"copy (select {columns} from {definition.source}) to stdout (format binary)".encode()
-        write = f"copy {target} ({columns}) from stdin (format binary)".encode()
-        with source.cursor().copy(read) as rows, live.cursor().copy(write) as sink:
-            for block in batched(rows):
-                sink.write(block)
+        copy_rows(source, live, definition.source, target, definition.column_list)
         for statement in definition.complete(target):
             live.execute(statement.encode())
         quoted = "'" + comment.replace("'", "''") + "'"
         live.execute(f"comment on table {target} is {quoted}".encode())
         arrived = fingerprint(live, definition, target)
-        if arrived != expected:
+        if arrived != expected():
             raise ObjectDamagedError(
-                f"{arrived[0]} rows arrived of {expected[0]}, or not as they were; nothing was kept",
+                f"{arrived[0]} rows arrived of {expected()[0]}, or not as they were; nothing was kept",
                 where=target,
             )
 

@@ -38,7 +38,7 @@ def clone_to_read(
     if clone is None:
         return None
     try:
-        with connect(clone.dsn("template1")) as connection, translated():
+        with connect(clone.dsn(clone.entrance)) as connection, translated():
             row = connection.execute(_LOCKED).fetchone()
     except KnockwoodError:
         row = None

@@ -27,6 +27,9 @@ class CloneOfFiles(Protocol):
     plan: RestorePlan
 
     @property
+    def entrance(self) -> str: ...
+
+    @property
     def data_directory(self) -> Path: ...
 
     def dsn(self, database: str = "postgres") -> str: ...
@@ -117,7 +120,7 @@ def require_proven(target: Target, doubts: Mapping[int, str]) -> None:
 
 
 def _checkpoint(clone: CloneOfFiles) -> None:
-    with connect(clone.dsn("template1")) as connection, translated():
+    with connect(clone.dsn(clone.entrance)) as connection, translated():
         connection.execute("checkpoint")
 
 

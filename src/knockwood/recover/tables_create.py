@@ -13,9 +13,10 @@ from knockwood.clone.spawn import Clone
 from knockwood.errors import ObjectDamagedError, RefusedError
 from knockwood.host import clock, processes
 from knockwood.postgres.connection import Connection
+from knockwood.postgres.copying import copy_rows
 from knockwood.recover.table_definition import TableName, pin
 from knockwood.recover.tables_facts import Shape, ask, qualified, required_shape, shape
-from knockwood.recover.tables_merge import Merged, copy_rows, row_hash
+from knockwood.recover.tables_merge import Merged, row_hash
 
 _HEAD_LINES = 60
 # Only psql understands the first kind; the others would undo the limits of this session.
@@ -116,7 +117,7 @@ class Create:
     def _load(self, member: TableName) -> int:
         """Copy one table's rows; how many, proven to be those of the clone."""
         then = required_shape(self.source, member)
-        copy_rows(self.source, self.live, then.source, then.name, then.stored)
+        copy_rows(self.source, self.live, then.source, then.name, ", ".join(then.stored))
         expected = row_hash(self.source, then, then.source)
         arrived = row_hash(self.live, then, then.source)
         if arrived != expected:

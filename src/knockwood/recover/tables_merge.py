@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from knockwood.errors import ObjectDamagedError, RefusedError
 from knockwood.host import clock
 from knockwood.postgres.connection import Connection, translated
-from knockwood.postgres.copying import batched
+from knockwood.postgres.copying import copy_rows
 from knockwood.recover.table_definition import TableName
 from knockwood.recover.tables_facts import Shape, ask, count, qualified, shape
 
@@ -89,7 +89,7 @@ class Merge:
         """The rows as of then, in a table of this session that goes with its transaction. Locks nothing."""
         columns = ", ".join(f"{name} {kind}" for name, kind, generated in self.then.columns if not generated)
         self._run(f"create temporary table knockwood_stage ({columns}) on commit drop")
-        copy_rows(self.source, self.live, self.then.source, _STAGE, self.then.stored)
+        copy_rows(self.source, self.live, self.then.source, _STAGE, ", ".join(self.then.stored))
         if self.then.key and self.mode != "replace":
             self._run(f"create unique index on {_STAGE} ({', '.join(self.then.key)})")
         self._run(f"analyze {_STAGE}")
@@ -220,18 +220,6 @@ def row_hash(connection: Connection, table: Shape, source: str) -> tuple[int, in
             f"{table.row()}::text, 0)), 0) from {source}".encode()
         ).fetchone()
     return int(row[0]), int(row[1])
-
-
-def copy_rows(
-    source: Connection, live: Connection, where_from: str, where_to: str, columns: Sequence[str]
-) -> None:
-    """Copy rows from one server to the other as they are stored."""
-    listed = ", ".join(columns)
-    read = f"copy (select {listed} from {where_from}) to stdout (format binary)".encode()
-    write = f"copy {where_to} ({listed}) from stdin (format binary)".encode()
-    with source.cursor().copy(read) as rows, live.cursor().copy(write) as sink:
-        for block in batched(rows):
-            sink.write(block)
 
 
 def raise_sequences(source: Connection, live: Connection, then: int, now: int) -> None:

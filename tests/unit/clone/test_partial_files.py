@@ -44,9 +44,10 @@ def test_a_table_comes_with_its_family_and_the_catalogs_of_its_database() -> Non
     chosen = select(MAP, PATHS, [RelationKey("shop", "public", "orders")])
     fetched = {path for path in PATHS if chosen.wants(path)}
     assert fetched == {
-        "base/9/1259", "base/9/20001", "base/9/2840", "base/1/1259", "global/1260", "base/9/20007",
+        "base/9/1259", "base/9/20001", "base/9/2840", "global/1260", "base/9/20007",
         "base/9/20002", "base/9/20003", "base/9/20004", "base/9/20005",
     }  # fmt: skip
+    assert chosen.entrance == "shop"
     assert chosen.wants("base/9/20002_vm")
     assert chosen.wants("base/9/20002.7")
     assert chosen.wants("pg_xact/0000")
@@ -57,6 +58,14 @@ def test_a_table_comes_with_its_family_and_the_catalogs_of_its_database() -> Non
     assert (1663, 10, 20002) in absent
     assert (1663, 9, 2613) in absent
     assert not present & absent
+
+
+def test_into_a_database_that_was_made_since_nobody_can_log_in_at_first() -> None:
+    chosen = select(
+        MAP, PATHS, [RelationKey("shop", "public", "orders"), RelationKey("fresh", "public", "t")]
+    )
+    assert chosen.entrance == "template1"
+    assert {path for path in PATHS if chosen.wants(path)} >= {"base/9/20002", "base/1/1259"}
 
 
 def test_a_relation_is_found_by_its_number_too() -> None:

@@ -330,11 +330,29 @@ def _extract(
             jobs = []
             for number, members in by_pack.items():
                 members.sort(key=lambda member: member.offset)
-                readers.append(_Reader(repository, backup, index.packs[number]))
-                jobs.append(pool.submit(_write, readers[-1], members, extractor))
+                for some in _apart(members, index.packs[number]):
+                    readers.append(_Reader(repository, backup, index.packs[number]))
+                    jobs.append(pool.submit(_write, readers[-1], some, extractor))
             for job in jobs:
                 job.result()
     return sum(reader.stored_bytes for reader in readers)
+
+
+def _apart(members: list[StoredMember], stored: StoredPack) -> Iterator[list[StoredMember]]:
+    """Members of a pack, in its order, cut where frames lie in between that none of them needs."""
+    if stored.name.endswith(codec.ENCRYPTED_SUFFIX):
+        yield members  # read as one object
+        return
+    some: list[StoredMember] = []
+    until: int | None = 0
+    for member in members:
+        start, end, _ = stored.frames_for(member.offset, member.size)
+        if some and until is not None and start > until:
+            yield some
+            some = []
+        until = None if end is None or until is None else max(until, end)
+        some.append(member)
+    yield some
 
 
 def _write(reader: _Reader, members: list[StoredMember], extractor: Extractor) -> None:
