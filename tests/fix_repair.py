@@ -26,7 +26,7 @@ from knockwood.recover.plan.page_wal import PAGE_BYTES
 from knockwood.recover.plan.pages import segment_of, segment_path
 from knockwood.repository.repository import Repository
 from knockwood.settings import ClusterSettings
-from knockwood.settings.schema import ProofSettings
+from knockwood.settings.schema import ProofSettings, ShadowSettings
 
 ORDERS = """
 create table orders (id int primary key, customer int not null, note text, body text);
@@ -114,7 +114,7 @@ class Site:
 
 
 @contextmanager
-def site_of(server: LocalServer, schema: str = ORDERS) -> Iterator[Site]:
+def site_of(server: LocalServer, schema: str = ORDERS, *, shadowed: bool = False) -> Iterator[Site]:
     """Protect a running server with a full backup of the schema."""
     folder = server.data_directory.parent / "kw"
     folder.mkdir(mode=0o755)
@@ -128,6 +128,7 @@ def site_of(server: LocalServer, schema: str = ORDERS) -> Iterator[Site]:
         data_directory=server.data_directory,
         programs=server.programs.folder,
         proof=ProofSettings(clones=folder),
+        shadow=ShadowSettings.model_validate({"enabled": shadowed, "behind": "0s", "checks": ["invariants"]}),
     )
     cluster = Cluster("shop", settings, folder / "state")
     repository = cluster.create_repository()

@@ -1,19 +1,26 @@
-"""Good images of pages for which no clone is made: out of the backup, and out of the WAL."""
+"""Good images of pages for which no clone is made: out of the backup, the WAL, and the shadow."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
-from fix_repair import Site, site_of
+from fix_repair import WORK, Site, flipped, load, site_of
+from knockwood.clone.shadow_server import Keeper
 from knockwood.integrity.check import Budget
-from knockwood.model import Lsn
+from knockwood.model import Lsn, Verdict
+from knockwood.operations import shadow_steps
+from knockwood.operations.check import check
+from knockwood.operations.freshness import bring_up_to_date
+from knockwood.operations.page_repair import PageRepairs
 from knockwood.operations.protect import take
 from knockwood.postgres.pages import bad_pages, decode_header
+from knockwood.postgres.server import LocalServer
 from knockwood.recover.pages_cold import cold_images
-from knockwood.recover.pages_facts import NOTHING_KNOWN
+from knockwood.recover.pages_facts import NOTHING_KNOWN, flush_wal
 from knockwood.recover.plan.page_masks import same
 from knockwood.repository.backups.listing import list_backups
 
@@ -94,3 +101,85 @@ def test_pages_that_their_last_record_brings_whole(
             assert bad_pages(page, block, True) == []
             assert same(page, disk), block
             assert decode_header(page).lsn == decode_header(disk).lsn, block
+
+
+@contextmanager
+def shadowed(server: LocalServer) -> Iterator[tuple[Site, Callable[[], None]]]:
+    """A site with a shadow whose server runs, and what lets it go on."""
+    with site_of(server, shadowed=True) as site:
+        keeper = Keeper()
+
+        def go_on() -> None:
+            flush_wal(site.cluster.subject(Budget(), repository=site.repository), "postgres")
+            bring_up_to_date(site.cluster, site.repository)
+            shadow_steps.step(site.cluster, site.repository, check=False, keeper=keeper)
+
+        try:
+            go_on()
+            yield site, go_on
+        finally:
+            keeper.end()
+
+
+def images_of(site: Site, blocks: list[int]) -> tuple[Mapping[int, bytes], Lsn, bool]:
+    """Images of pages of orders that nobody can read, from where on WAL was read for them, and whether no clone was
+    needed."""
+    backup = list_backups(site.repository)[-1].id
+    with PageRepairs(site.cluster, site.repository) as repairs:
+        found = repairs.images([backup])(site.target("orders"), blocks, unread=True)
+        assert not found[-1].doubts
+        images = {block: image for good in found for block, image in good.images.items()}
+        return images, max(good.since for good in found), not repairs._clones
+
+
+@pytest.mark.parametrize("version", [15, pytest.param(17, marks=pytest.mark.slow), 18])
+def test_pages_that_the_shadow_has(new_server: ServerFactory, version: int) -> None:
+    """As the server had them; WAL that lost_writes has compared is not read again."""
+    server = new_server(version)
+    with shadowed(server) as (site, go_on):
+        path = site.target("orders").path
+        blocks = [2, 3, 5, 7]
+        for note in ("once", "twice", "thrice"):
+            site.sql(f"update orders set note = '{note}' where id % 3 = 0")
+        site.settle()
+        go_on()
+        site.sql("update orders set note = 'last' where id % 5 = 0")
+        site.settle()
+        images, since, no_clone = images_of(site, blocks)
+        assert no_clone
+        assert since == list_backups(site.repository)[-1].start_lsn
+        assert all(same(images[block], site.page(path, block)) for block in blocks)
+        # Once its WAL was compared, only what the shadow may not have on its disk yet is read.
+        assert check(site.cluster, ["lost_writes"]).verdict is Verdict.HELD
+        site.sql("update orders set note = 'later' where ctid = '(3,1)'")
+        go_on()
+        images, since, no_clone = images_of(site, blocks)
+        assert no_clone
+        assert since > list_backups(site.repository)[-1].start_lsn
+        site.settle()
+        assert all(same(images[block], site.page(path, block)) for block in blocks)
+
+
+def test_pages_are_mended_with_what_the_shadow_has(new_server: ServerFactory) -> None:
+    """While others work; a page that somebody can read by then is judged by all of the WAL."""
+    server = new_server(18)
+    with shadowed(server) as (site, go_on):
+        orders = site.path("orders")
+        site.sql(
+            "update orders set note = 'newer' where id % 3 = 0; update orders set note = 'twice' where id % 6 = 0"
+        )
+        site.settle()
+        go_on()
+        assert check(site.cluster, ["lost_writes"]).verdict is Verdict.HELD
+        server.stop("fast")
+        for block in (3, 8, 9):
+            site.put(orders, block, flipped(site.page(orders, block)))
+        server.start()
+        plan = site.plan((orders, 3), (orders, 8), (orders, 9))
+        assert [step.arguments["procedure"] for step in plan.steps] == ["write"]
+        with load(site, statements=tuple(text for text in WORK if "orders" not in text)) as done:
+            recovery = site.execute(plan)
+            assert done[0]
+        assert recovery.verdict is Verdict.HELD, recovery.as_json()
+        assert recovery.results[0].values["mended"] == [3, 8, 9]
+        assert site.sql("select count(*) from orders where note = 'twice'") == 4000 // 6

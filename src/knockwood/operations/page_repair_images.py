@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +18,8 @@ from knockwood.integrity.relation_files import require_own_folder
 from knockwood.model import Lsn
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.freshness import bring_up_to_date
-from knockwood.operations.shadow import beats_some_blocks, warm_clone
+from knockwood.operations.page_repair_shadow import ShadowImages
+from knockwood.operations.shadow import warm_clone
 from knockwood.postgres.connection import connect, translated
 from knockwood.recover import pages_facts as facts
 from knockwood.recover.pages_cold import cold_images
@@ -46,6 +48,7 @@ class GoodImages:
     progress: Callable[[Progress], None] | None = None
     _clones: dict[tuple[str, int], Clone] = field(default_factory=dict)
     _subject: Subject | None = None
+    _shadow: ShadowImages | None = None
 
     @property
     def subject(self) -> Subject:
@@ -61,47 +64,77 @@ class GoodImages:
         return self._subject
 
     def images(self, backups: Sequence[str]) -> Images:
-        """Asks a clone of the first backup, made or made anew as needed, for images; of those that are not
-        proven there (it may have been taken after the damage) the next."""
+        """Asks the shadow, then a clone of the first backup, made or made anew as needed, for images; of those that
+        are not proven there (it may have been taken after the damage) the next."""
+        return partial(self._images, backups)
 
-        def ask(
-            target: Target,
-            blocks: Collection[int],
-            before: Lsn | None = None,
-            beyond: Mapping[int, Lsn] = facts.NOTHING_KNOWN,
-        ) -> Sequence[Good]:
-            found: list[Good] = []
-            doubts: dict[int, str] = {}
-            left = set(blocks)
-            for backup in backups:
-                try:
-                    known: Mapping[int, WalFacts] = {}
-                    if before is None:
-                        cold, known = self._cold(backup, target, left, beyond)
-                        if cold is not None:
-                            found.append(cold)
-                            left -= cold.images.keys()
-                            if not left:
-                                break
-                    if before is not None:
-                        good = self._from_before(before, backup, target, left, beyond)
-                    else:
-                        good = self._newest_images(backup, target, left, beyond, known)
-                except KnockwoodError as error:
-                    if not found:
-                        raise
-                    # What is proven is mended all the same.
-                    doubts = {block: doubts.get(block, str(error)) for block in left}
-                    break
-                found.append(good)
-                left -= good.images.keys()
-                doubts = {block: doubts.get(block, good.doubts[block]) for block in left}
-                if not left:
-                    break
-            found[-1] = replace(found[-1], doubts={block: doubts[block] for block in left})
-            return found
+    def _images(
+        self,
+        backups: Sequence[str],
+        target: Target,
+        blocks: Collection[int],
+        before: Lsn | None = None,
+        beyond: Mapping[int, Lsn] = facts.NOTHING_KNOWN,
+        *,
+        unread: bool = False,
+    ) -> Sequence[Good]:
+        found: list[Good] = []
+        doubts: dict[int, str] = {}
+        left = set(blocks)
+        warm = self._warm(backups[0], target, left, beyond) if unread and before is None else None
+        if warm is not None:
+            found.append(warm)
+            left -= warm.images.keys()
+        for backup in backups if left else ():
+            try:
+                for good in self._of_backup(backup, target, left, before, beyond):
+                    found.append(good)
+                    left -= good.images.keys()
+                    doubts = {block: doubts.get(block, good.doubts.get(block, "")) for block in left}
+            except KnockwoodError as error:
+                if not found:
+                    raise
+                # What is proven is mended all the same.
+                doubts = {block: doubts.get(block) or str(error) for block in left}
+                break
+            if not left:
+                break
+        found[-1] = replace(found[-1], doubts={block: doubts[block] for block in left})
+        return found
 
-        return ask
+    def _of_backup(
+        self,
+        backup: str,
+        target: Target,
+        left: Collection[int],
+        before: Lsn | None,
+        beyond: Mapping[int, Lsn],
+    ) -> Iterator[Good]:
+        """What needs no clone, and then what a clone has of those that are `left` by then."""
+        if before is not None:
+            yield self._from_before(before, backup, target, left, beyond)
+            return
+        cold, known = self._cold(backup, target, left, beyond)
+        if cold is not None:
+            yield cold
+        if left:
+            yield self._newest_images(backup, target, left, beyond, known)
+
+    def _warm(
+        self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
+    ) -> Good | None:
+        """What the shadow has, if it can be had; its troubles are none of a repair's."""
+        if not self.cluster.settings.shadow.enabled:
+            return None
+        if self._shadow is None:
+            self._shadow = ShadowImages(self.cluster, self.repository)
+        try:
+            plan = self._newest(backup, target)
+            later = partial(self._checkpointed, backup, target)
+            return self._shadow.images(self.subject, plan, later, target, blocks, beyond)
+        except KnockwoodError:
+            self._shadow.give_back()
+            return None
 
     def _cold(
         self, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
@@ -135,7 +168,7 @@ class GoodImages:
             )
             if not good.doubts or whole:
                 return good
-            self._move_on(clone, backup, target)
+            clone.advance(self._checkpointed(backup, target))
             return good_images(
                 self.subject, clone, target, blocks, beyond=beyond, known=good.wal, may_promote=False
             )
@@ -174,12 +207,13 @@ class GoodImages:
     ) -> Clone:
         """A clone with the target's table, at the point that `at` makes of the plan to the newest commit.
 
-        From the shadow where that can give one (with `blocks`: sooner), else of the table alone (with `blocks`, of
-        these of the target), else of the whole backup.
+        From the shadow where that can give one, else of the table alone, else of the whole backup; with `blocks` of
+        these of the target.
         """
         plan = at(self._newest(backup, target))
         registry = Registry(self.cluster.settings.proof.clones or self.cluster.state)
-        if blocks is None or beats_some_blocks(self.cluster, plan):
+        if blocks is None:
+            self._give_back()
             warm = warm_clone(self.cluster, self.repository, plan, registry=registry, wait=2)
             if warm is not None:
                 return warm
@@ -207,14 +241,19 @@ class GoodImages:
             self.repository, Latest(), backup=backup, unread=True, programs_for=self.cluster.programs
         )
 
-    def _move_on(self, clone: Clone, backup: str, target: Target) -> None:
-        """Have a clone that cannot be promoted write what is in its buffers: it may once it has replayed a
-        checkpoint of the server."""
+    def _checkpointed(self, backup: str, target: Target) -> RestorePlan:
+        """The newest plan, with a checkpoint of the server: a clone that has replayed it may write what is in its
+        buffers, also if it cannot be promoted."""
         with connect(self.subject.dsn, application_name="knockwood repair") as connection, translated():
             connection.execute("checkpoint")
-        clone.advance(self._newest(backup, target))
+        return self._newest(backup, target)
+
+    def _give_back(self) -> None:
+        if self._shadow is not None:
+            self._shadow.give_back()
 
     def close(self) -> None:
+        self._give_back()
         while self._clones:
             self._clones.popitem()[1].destroy()
 

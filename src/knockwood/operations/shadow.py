@@ -258,15 +258,16 @@ def warm_clone(
 
 
 def beats_some_blocks(cluster: Cluster, plan: RestorePlan) -> bool:
-    """Whether the shadow would give a clone sooner than one of some blocks of a table is made.
+    """Whether the shadow would give some blocks of a table sooner than a clone of them is made.
 
-    That one has to read the plan's WAL; the shadow has to start, and to replay all that it lacks.
+    That one has to read the plan's WAL; the shadow has to replay all that it lacks, and to start where it is down.
     """
     record = read_record(shadow_folder(cluster)) if cluster.settings.shadow.enabled else None
     if record is None or record.stand is None or plan.target_lsn is None:
         return False
     lacks = max(0, plan.target_lsn - record.stand.reached)
-    return sum(piece.segment.bytes for piece in plan.wal) > _START_BYTES + _REPLAY * lacks
+    start = 0 if record.serving is not None else _START_BYTES
+    return sum(piece.segment.bytes for piece in plan.wal) > start + _REPLAY * lacks
 
 
 def _registry(cluster: Cluster) -> Registry:

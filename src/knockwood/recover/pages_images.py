@@ -66,6 +66,7 @@ def good_images(
     beyond: Mapping[int, Lsn] = NOTHING_KNOWN,
     known: Mapping[int, WalFacts] | None = None,
     may_promote: bool = True,
+    since: Lsn | None = None,
 ) -> Good:
     """The newest images of the blocks as of where the clone stands.
 
@@ -73,9 +74,10 @@ def good_images(
     as the server or the archive has it, and after the record in `beyond`, if one is known to have changed the
     block. Pages that are still in the clone's buffers only need a checkpoint
     there; one that has replayed none since its last must be promoted for it, and can replay no further then.
-    What is not proven is in `doubts`. What is `known` of the WAL since the clone's backup is not read again.
+    What is not proven is in `doubts`. What is `known` of the WAL since the clone's backup is not read again. `since`
+    is a later position up to which every change is on the clone's disk.
     """
-    since = clone.plan.chain[-1].start_lsn
+    since = since or clone.plan.chain[-1].start_lsn
     wal = _facts(subject, target, blocks, since, clone.reached_lsn, beyond, known or {})
     images, doubts = _read(clone, target, blocks, wal)
     if doubts:

@@ -40,7 +40,8 @@ from knockwood.recover.plan.pages import (
 class Images(Protocol):
     """Gives good images of blocks, the newest there are, or those from just before a record.
 
-    Of several backups each has its own; what none of them proves is in the doubts of the last.
+    Of several backups each has its own; what none of them proves is in the doubts of the last. With `unread`,
+    nobody can read the pages as they are: what the WAL says of them from long before need not be told.
     """
 
     def __call__(
@@ -49,6 +50,8 @@ class Images(Protocol):
         blocks: Collection[int],
         before: Lsn | None = None,
         beyond: Mapping[int, Lsn] = ...,
+        *,
+        unread: bool = False,
     ) -> Sequence[Good]: ...
 
 
@@ -195,7 +198,8 @@ def repair(
         for before, together in _by_stop(seen, left).items():
             given: Sequence[Good | None] = [None]
             if chosen is not Procedure.SAVE_BUFFER:
-                given = images(target, together, before, beyond)
+                unread = chosen is Procedure.WRITE
+                given = images(target, together, before, beyond, unread=unread)
             for good in given:
                 some = together if good is None else sorted(good.images)
                 if some:
@@ -338,7 +342,11 @@ class _Work:
         later = facts.wal_facts(subject, target, self.blocks, self.good.reached, until)
         _require_current(later, target, reads=self.before is not None)
         known = {block: self.good.wal[block].gone_on(later[block], until) for block in self.blocks}
-        return look(self.session, target, self.blocks, since, known)
+        seen = look(self.session, target, self.blocks, since, known)
+        if self.good.since > since and seen.blocks(Procedure.WRITE) != sorted(self.blocks):
+            # Somebody can read a page by now: whether it is right all the WAL tells.
+            return look(self.session, target, self.blocks, since, beyond=self.beyond)
+        return seen
 
     def _images(self, blocks: list[int], seen: Looked) -> dict[int, bytes]:
         if self.good is not None and self.before is not None:
