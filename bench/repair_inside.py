@@ -309,13 +309,15 @@ class Repairs:
 
     @contextmanager
     def shadow(self) -> Iterator[None]:
-        """`knockwood shadow run` in the background, caught up, its first checks done."""
+        """`knockwood shadow run` in the background, caught up, its first checks done, and `lost_writes` up to date, as a
+        schedule of `knockwood check` keeps it."""
         ours = self.site.knockwood
         settings = ours.settings.read_text()
         ours.settings.write_text(f'{settings}\n[cluster.gap.shadow]\nenabled = true\nbehind = "0s"\n')
         child = processes.start(ours.command("shadow", "run"), env=dict(os.environ) | ours.environment())
         try:
             wait_until(self._followed, "the shadow to follow", 900)
+            wait_until(self._compared, "lost_writes to have compared the WAL", 300)
             yield
         finally:
             processes.stop(child, grace=30)
@@ -325,6 +327,10 @@ class Repairs:
         said = self.site.knockwood.run("shadow", "status", "--json")
         status = json.loads(said.out) if said.out else {}
         return bool(status.get("reached_lsn") and status.get("proof") and not status["busy"])
+
+    def _compared(self) -> bool:
+        # One run reads so much WAL only.
+        return self.site.knockwood.run("check", "lost_writes").status == 0
 
     def _accounts(self) -> int:
         return self.site.options.scale * 100_000
