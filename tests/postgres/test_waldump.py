@@ -32,6 +32,27 @@ def _lsn(server: LocalServer) -> Lsn:
     return Lsn.parse(row[0])
 
 
+def test_wal_that_ends_behind_a_pages_header(
+    new_server: ServerFactory, every_version: int, tmp_path: Path
+) -> None:
+    """As before a checkpoint right after a switch: there the next record would begin, and none is there yet."""
+    server = new_server(every_version, segment_megabytes=1)
+    folder = server.data_directory / "pg_wal"
+    with connect(server.dsn()) as connection:
+        connection.execute("create table t as select i from generate_series(1, 100) i")
+        start = _lsn(server)
+        connection.execute("insert into t select i from generate_series(1, 30000) i")
+        connection.execute("select pg_switch_wal()")
+        switched = _lsn(server)
+        connection.execute("insert into t values (1)")
+        connection.execute("select pg_switch_wal()")
+    assert switched.value % SIZE == 40
+    found = walk(server.programs, folder, ONE, start, switched, SIZE)
+    assert (found.stop, len(found.commits)) == (WalStop.COMPLETE, 1)
+    assert list(relation_events(server.programs, folder, ONE, start, switched, SIZE)) == []
+    assert any(block_references(server.programs, folder, ONE, start, switched, SIZE))
+
+
 def test_commits_of_every_kind_are_read(
     new_server: ServerFactory, every_version: int, tmp_path: Path
 ) -> None:

@@ -57,6 +57,13 @@ def record_end(start: Lsn, size: int, segment_bytes: int) -> Lsn:
         position += LONG_HEADER if position % segment_bytes == 0 else SHORT_HEADER
 
 
+def _before_header(end: Lsn, segment_bytes: int) -> Lsn:
+    """The same end, before the page's header where that is all that lies before it: pg_waldump reads the page up to
+    there, and takes for a record what another page left behind it in its buffer."""
+    size = LONG_HEADER if end.value % segment_bytes < PAGE_BYTES else SHORT_HEADER
+    return Lsn(end.value - size) if end.value % PAGE_BYTES == size else end
+
+
 def files_end(folder: Path, timeline: Timeline, start: Lsn, segment_bytes: int) -> Lsn:
     """The end of the segment files that follow each other from the one holding `start`; `start` if none."""
     segment = WalSegment.containing(timeline, start, segment_bytes)
@@ -84,6 +91,7 @@ class Reader:
     def command(self, options: Iterable[str], start: Lsn, end: Lsn) -> list[str | Path]:
         # Naming the segments makes the program read the segment size from the first: without names it
         # takes any file of the folder. The end has to lie in the last one named.
+        end = _before_header(end, self.segment_bytes)
         last = WalSegment.containing(self.timeline, Lsn(end.value - 1), self.segment_bytes).name
         first = WalSegment.containing(self.timeline, start, self.segment_bytes).name
         words: list[str | Path] = [self.programs.path("pg_waldump"), "--path", self.folder, *options]
