@@ -49,6 +49,8 @@ def test_pages_that_nobody_has_changed(new_server: ServerFactory) -> None:
         # Once more after its image: only a clone has that page.
         site.sql("update other set body = 'newer' where ctid = '(3,2)'")
         assert cold(site, "other", [1, 3, 5, 9999]) == {1: pages[1], 5: pages[5]}
+        assert images_of(site, [1, 2], "other")[2]
+        assert not images_of(site, [1, 3], "other")[2]
         assert cold(site, "other", [1, 3, 5], {5: decode_header(pages[5]).lsn}) == {1: pages[1]}
         # Of an incremental backup what changed comes from it, all else from the full one.
         take(site.cluster, site.repository, incremental=True)
@@ -121,12 +123,11 @@ def shadowed(server: LocalServer) -> Iterator[tuple[Site, Callable[[], None]]]:
             keeper.end()
 
 
-def images_of(site: Site, blocks: list[int]) -> tuple[Mapping[int, bytes], Lsn, bool]:
-    """Images of pages of orders that nobody can read, from where on WAL was read for them, and whether no clone was
-    needed."""
+def images_of(site: Site, blocks: list[int], name: str = "orders") -> tuple[Mapping[int, bytes], Lsn, bool]:
+    """Images of pages that nobody can read, from where on WAL was read for them, and whether no clone was needed."""
     backup = list_backups(site.repository)[-1].id
     with PageRepairs(site.cluster, site.repository) as repairs:
-        found = repairs.images([backup])(site.target("orders"), blocks, unread=True)
+        found = repairs.images([backup])(site.target(name), blocks, unread=True)
         assert not found[-1].doubts
         images = {block: image for good in found for block, image in good.images.items()}
         return images, max(good.since for good in found), not repairs._clones

@@ -84,12 +84,12 @@ class GoodImages:
         warm = self._warm(backups[0], target, left, beyond) if unread and before is None else None
         if warm is not None:
             found.append(warm)
-            left -= warm.images.keys()
+            left.difference_update(warm.images)
         for backup in backups if left else ():
             try:
                 for good in self._of_backup(backup, target, left, before, beyond):
                     found.append(good)
-                    left -= good.images.keys()
+                    left.difference_update(good.images)
                     doubts = {block: doubts.get(block, good.doubts.get(block, "")) for block in left}
             except KnockwoodError as error:
                 if not found:
@@ -106,7 +106,7 @@ class GoodImages:
         self,
         backup: str,
         target: Target,
-        left: Collection[int],
+        left: set[int],
         before: Lsn | None,
         beyond: Mapping[int, Lsn],
     ) -> Iterator[Good]:
