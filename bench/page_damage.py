@@ -15,20 +15,23 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import psycopg
 
 from knockwood.clone import Registry
+from knockwood.clone.shadow_server import Keeper
 from knockwood.clone.spawn import spawn
 from knockwood.drill.sandbox import DATABASE, Sandbox, choose_programs, sandbox
 from knockwood.host.direct import read_block, write_block
 from knockwood.integrity.check import Budget
 from knockwood.model import Verdict
 from knockwood.model.recovery import Outcome, Recovery
+from knockwood.operations import shadow, shadow_steps
+from knockwood.operations.check import check
 from knockwood.operations.freshness import bring_up_to_date
 from knockwood.operations.page_repair import PageRef, PageRepairs, plan_pages, verify_pages
 from knockwood.operations.protect import take
@@ -38,6 +41,7 @@ from knockwood.recover.indexes import verify_indexes
 from knockwood.recover.pages_facts import target_named
 from knockwood.recover.plan.page_wal import PAGE_BYTES
 from knockwood.repository.targets import Latest, resolve
+from knockwood.settings.schema import ShadowSettings
 from machine import describe
 from sandbox import OUT, end_cleanly
 from tables import markdown
@@ -373,19 +377,28 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--postgres", type=int, default=18, choices=(15, 17, 18))
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--shadow", action="store_true", help="with a running shadow, and lost_writes kept up to date"
+    )
     words = parser.parse_args()
     end_cleanly()
     tally = Tally(words.postgres)
     settings = {"autovacuum": "on", "wal_level": "replica"}
     PIECES.mkdir(parents=True, exist_ok=True)
-    with sandbox(
-        orders=10, clients=1, seed=words.seed, programs=choose_programs(words.postgres), settings=settings
-    ) as site:
+    with ExitStack() as stack:
+        programs = choose_programs(words.postgres)
+        site = stack.enter_context(
+            sandbox(orders=10, clients=1, seed=words.seed, programs=programs, settings=settings)
+        )
         prepare(site, words.postgres)
         number = words.seed
+        follower = stack.enter_context(Shadow.of(site)) if words.shadow else None
+        site = follower.site if follower is not None else site
         while tally.cases < words.cases:
             number += 1
             before = len(tally.wrong)
+            if follower is not None:
+                follower.go_on()
             kinds = [KINDS[(number * ROUND + turn) % len(KINDS)] for turn in range(ROUND)]
             play(site, number, kinds, tally)
             if len(tally.seconds) % BACKUP_EVERY == 0:
@@ -401,6 +414,35 @@ def main() -> int:
     )
     print(TABLE.read_text())
     return 1 if tally.wrong else 0
+
+
+@dataclass
+class Shadow:
+    """A shadow whose server runs on between the rounds."""
+
+    site: Sandbox
+    keeper: Keeper
+
+    @classmethod
+    @contextmanager
+    def of(cls, site: Sandbox) -> Iterator[Shadow]:
+        keys = {"enabled": True, "behind": "0s", "checks": ["invariants"]}
+        settings = site.cluster.settings.model_copy(update={"shadow": ShadowSettings.model_validate(keys)})
+        keeper = Keeper()
+        try:
+            yield cls(replace(site, cluster=replace(site.cluster, settings=settings)), keeper)
+        finally:
+            keeper.end()
+
+    def go_on(self) -> None:
+        """As `shadow run` and a scheduled `check` do now and then; what was damaged is mended, and holds nothing."""
+        cluster = self.site.cluster
+        bring_up_to_date(cluster, self.site.repository)
+        shadow_steps.step(cluster, self.site.repository, check=False, keeper=self.keeper)
+        check(cluster, ["lost_writes"])
+        for hold in shadow.status(cluster).holds:
+            if hold.active:
+                shadow.release(cluster, hold.id)
 
 
 def prepare(site: Sandbox, major: int) -> None:

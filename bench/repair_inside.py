@@ -309,7 +309,7 @@ class Repairs:
 
     @contextmanager
     def shadow(self) -> Iterator[None]:
-        """`knockwood shadow run` in the background, caught up, its first checks done, and `lost_writes` up to date, as a
+        """`knockwood shadow run` in the background, caught up, its first checks done, `lost_writes` up to date, as a
         schedule of `knockwood check` keeps it."""
         ours = self.site.knockwood
         settings = ours.settings.read_text()
