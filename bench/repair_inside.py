@@ -184,6 +184,7 @@ class Repairs:
             f"one table of {_KEPT_MB} MB brought back": self._bring_back,
         }
         found = []
+        os.sync()  # the disk may be busy still with what was restored and removed just before
         with self._writers() as writers:
             for what, way in ways.items():
                 runs = [self._measured(way, writers) for _ in range(self.site.options.runs)]

@@ -431,6 +431,12 @@ def test_without_a_way_to_drop_buffers(new_server: ServerFactory) -> None:
         plan = site.plan((orders, 7))
         assert not plan.steps
         assert "restart the server" in plan.refused[0]
+        # Nothing is built on the table while it holds such a page.
+        site.damage(orders, 8, bytes(8192))
+        site.sql("select count(*) from orders where ctid = '(7,1)'")
+        plan = site.plan((orders, 7), (orders, 8))
+        assert [(step.kind, step.arguments["blocks"]) for step in plan.steps] == [("repair-pages", [8])]
+        assert "only once its other damaged pages are mended" in plan.refused[-1]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from knockwood.errors import KnockwoodError, ObjectMissingError
 from knockwood.integrity.check import Budget, Subject
@@ -106,6 +106,7 @@ def plan_pages(
     else:
         require_own_folder(subject, subject.data_directory)
         work.plan(items)
+        work.put_off()
     steps = _ordered(work.steps)
     healed = tuple(item for item in items if isinstance(item, Finding) and work.heals(item))
     return Plan(
@@ -127,6 +128,8 @@ class _Planning:
     steps: list[Step] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     covered: set[PageRef | tuple[str | None, str]] = field(default_factory=set)
+    unmended: set[tuple[str, int]] = field(default_factory=set)
+    """Tables (database, oid) with pages that no step mends."""
 
     def plan(self, items: list[Finding | PageRef]) -> None:
         databases = self._databases()
@@ -150,6 +153,22 @@ class _Planning:
                 self._file(databases, {ref: pages[ref] for ref in refs})
             except KnockwoodError as error:
                 self.refused.append(f"{refs[0].file}: {error}")
+
+    def put_off(self) -> None:
+        """Leave to a later plan what makes indexes anew of a table that will hold damage still: an old page may show
+        two versions of one row, and what is built on it is worth nothing."""
+        for step in list(self.steps):
+            words = step.arguments
+            builds = step.kind == ROWS or (step.kind == REINDEX and words["index"] is None)
+            if not builds or (words["database"], words["oid"]) not in self.unmended:
+                continue
+            self.steps.remove(step)
+            self.refused.append(
+                f"{words['table'] if step.kind == REINDEX else words['relation']}: {step.title}: only once its other"
+                " damaged pages are mended"
+            )
+            if step.kind == ROWS:
+                self.covered -= {ref for ref in self.covered if _is_of(ref, words)}
 
     def heals(self, finding: Finding) -> bool:
         """Whether steps cover all that the finding names."""
@@ -203,6 +222,8 @@ class _Planning:
                 # Dropped, or made anew in another file: the damage went with the old one.
                 self.covered.update(refs)
                 return
+            if sum(map(len, groups.values())) < len(known):
+                self.unmended.add((database, target.oid))
             for name, some in groups.items():
                 told = {ref.block: known[ref].lsn for ref in some}
                 beyond = {block: lsn for block, lsn in told.items() if lsn is not None}
@@ -284,6 +305,7 @@ class _Planning:
         for procedure, blocks in groups.items():
             reasons = {seen.judgements[block].reason for block in blocks}
             if procedure is Procedure.REFUSE:
+                self.unmended.add((target.database, target.oid))
                 listed = ", ".join(str(block) for block in blocks)
                 self.refused += [f"{target.name} block {listed}: {reason}" for reason in sorted(reasons)]
                 continue
@@ -311,6 +333,7 @@ class _Planning:
                 if not any(each.stop_lsn <= _last_good(poison) for each in known):
                     raise ObjectMissingError(f"there is no base backup from before {_last_good(poison)}")
             except KnockwoodError as error:
+                self.unmended.add((target.database, target.oid))
                 self.refused.append(f"{target.name} block {block}: {error}")
                 continue
             poisons[block] = poison
@@ -375,6 +398,18 @@ class _Planning:
 def _last_good(poison: Poison) -> Lsn:
     """Where the page still had all that has to be brought over as it was then."""
     return poison.lost[0] if poison.lost else poison.first_after
+
+
+def _is_of(ref: PageRef | tuple[str | None, str], words: Mapping[str, Any]) -> bool:
+    """Whether a page is one of a step's."""
+    parsed = parse_path(ref.file) if isinstance(ref, PageRef) else None
+    return (
+        isinstance(ref, PageRef)
+        and parsed is not None
+        and parsed.relation_path == words["path"]
+        and parsed.fork == "main"
+        and ref.block in words["blocks"]
+    )
 
 
 def _about_map(item: Finding | PageRef) -> bool:
