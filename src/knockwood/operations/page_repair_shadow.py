@@ -76,12 +76,12 @@ class ShadowImages:
 def _compared(
     subject: Subject, start: Lsn, on_disk: Lsn, target: Target, blocks: Collection[int]
 ) -> tuple[Lsn, dict[int, Lsn]]:
-    """From where on the WAL has to be read, and the last changes of the blocks before that are remembered."""
+    """From where on the WAL has to be read, and the last changes of the blocks before that are remembered.
+
+    Never from after `on_disk`, even if the backup that starts at `start` is younger than that.
+    """
     memory = Memory.of(subject)
-    end = max((end for begin, end in memory.load() if begin <= start), default=start)
-    since = min(end, on_disk)
-    if since <= start:
-        return start, {}
+    since = min(max((end for begin, end in memory.load() if begin <= start), default=start), on_disk)
     changes, fork = memory.changes(), (*target.node, "main")
     known = {block: changes.before(fork, block, since.value) for block in blocks}
     return since, {block: Lsn(lsn) for block, lsn in known.items() if lsn}
