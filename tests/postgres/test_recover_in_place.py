@@ -13,7 +13,8 @@ import pytest
 
 from fix_cli import CommandLine, command_line
 from fix_recover import killed
-from knockwood.host import privileges
+from knockwood.host import files, privileges
+from knockwood.operations.half_done import WORK
 from knockwood.postgres.connection import connect
 from knockwood.postgres.server import SUPERUSER, LocalServer
 from knockwood.recover import execute as execution
@@ -194,6 +195,30 @@ def test_tablespaces_come_back_beside_and_the_old_ones_stay(line: CommandLine) -
             assert where.startswith(result["values"]["tablespaces"])
     finally:
         server.stop("fast")
+
+
+def test_killed_while_the_work_folder_of_the_restore_is_removed(
+    line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = files.remove_tree
+
+    def killed_on_the_way(path: Path) -> None:
+        if path.name == WORK and (path.parent / "PG_VERSION").exists():
+            (path / "restore.json").unlink()
+            raise KeyboardInterrupt
+        remove(path)
+
+    ruin(line)
+    monkeypatch.setattr(files, "remove_tree", killed_on_the_way)
+    line.run("recover", "--in-place", "--apply")
+    monkeypatch.undo()
+    assert execution.unfinished(line.state, "shop")
+    done = line("recover", "--resume", status=2)
+    assert done["recovery"]["results"][0]["outcome"] == "done"
+    server = started(line)
+    assert rows(server) == [1]
+    server.stop("fast")
+    assert not list(line.server.data_directory.parent.glob("data.new-*"))
 
 
 @pytest.mark.slow

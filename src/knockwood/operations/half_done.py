@@ -65,6 +65,11 @@ class HalfDone:
             return cls("unknown", moment, ProcessIdentity(-1, 0.0))
 
 
+def complete(into: Path) -> bool:
+    """Whether a data directory is all there, though the work folder of its restore, or what is left of it, may be, too."""
+    return (into / _LAST).exists()
+
+
 def begin(into: Path, target: str, *, account: Account | None, sockets: Path, again: bool = False) -> Path:
     """Claim `into` for a restore; the work folder in it, which holds nothing but its marker.
 

@@ -9,6 +9,7 @@ from knockwood.errors import KnockwoodError
 from knockwood.host import files, privileges, processes
 from knockwood.model import Claim, Verdict
 from knockwood.model.recovery import Plan
+from knockwood.operations import half_done
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.half_done import HalfDone
 from knockwood.operations.restore import restore
@@ -27,7 +28,8 @@ def in_place(cluster: Cluster, repository: Repository, plan: Plan) -> RestoreInP
     data = Path(str(words["data_directory"]))
 
     def bring_back(into: Path, tablespaces: Path) -> str:
-        if into.exists() and HalfDone.read(into) is None:
+        # Of a restore that was complete, but whose end is not written down, nobody knows what it reached.
+        if into.exists() and (HalfDone.read(into) is None or half_done.complete(into)):
             files.remove_tree(into)
         if HalfDone.read(into) is None:
             files.remove_tree(tablespaces)
