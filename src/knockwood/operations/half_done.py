@@ -66,7 +66,7 @@ class HalfDone:
 
 
 def complete(into: Path) -> bool:
-    """Whether a data directory is all there, though the work folder of its restore, or what is left of it, may be, too."""
+    """Whether a data directory is all there; the work folder of its restore, or what is left of it, may be, too."""
     return (into / _LAST).exists()
 
 
