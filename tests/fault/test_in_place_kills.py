@@ -42,12 +42,17 @@ def restore(into: Path, tablespaces: Path) -> str:
     return "restored"
 
 
+def discard(into: Path, tablespaces: Path) -> None:
+    files.remove_tree(into)
+    files.remove_tree(tablespaces)
+
+
 def case(root: Path) -> tuple[Path, Path, Plan, list[RestoreInPlace]]:
     data, state = root / "pg" / "data", root / "state"
     make_cluster(data, "old")
     arguments = {"data_directory": str(data), "to": "latest", "backup": "B"}
     plan = Plan("shop", "restore in place", (Step(KIND, "restore in place", arguments),))
-    handler = RestoreInPlace(restore, lambda folder: None, lambda: Path("/nowhere/pg_ctl"))
+    handler = RestoreInPlace(restore, discard, lambda folder: None, lambda: Path("/nowhere/pg_ctl"))
     return data, state, plan, [handler]
 
 
@@ -170,7 +175,7 @@ def test_a_server_that_ran_meanwhile_makes_the_restored_one_old(tmp_path: Path) 
         return restore(into, tablespaces)
 
     data, state, plan, [handler] = case(tmp_path)
-    handler = RestoreInPlace(counting, handler.salvage, handler.pg_ctl)
+    handler = RestoreInPlace(counting, handler.discard, handler.salvage, handler.pg_ctl)
     for kill_at in range(1, 1000):
         shutil.rmtree(data.parent)
         shutil.rmtree(state, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from knockwood.operations.check import check
 from knockwood.operations.freshness import bring_up_to_date
 from knockwood.operations.page_repair import PageRepairs
 from knockwood.operations.protect import take
+from knockwood.postgres.connection import connect
 from knockwood.postgres.pages import bad_pages, decode_header
 from knockwood.postgres.server import LocalServer
 from knockwood.recover.pages_cold import cold_images
@@ -106,15 +108,18 @@ def test_pages_that_their_last_record_brings_whole(
 
 
 @contextmanager
-def shadowed(server: LocalServer) -> Iterator[tuple[Site, Callable[[], None]]]:
+def shadowed(server: LocalServer) -> Iterator[tuple[Site, Callable[..., None]]]:
     """A site with a shadow whose server runs, and what lets it go on."""
     with site_of(server, shadowed=True) as site:
         keeper = Keeper()
 
-        def go_on() -> None:
+        def go_on(flushed: bool = False) -> None:
             flush_wal(site.cluster.subject(Budget(), repository=site.repository), "postgres")
             bring_up_to_date(site.cluster, site.repository)
             shadow_steps.step(site.cluster, site.repository, check=False, keeper=keeper)
+            if flushed and keeper.server is not None:
+                with connect(keeper.server.dsn()) as connection:
+                    connection.execute("checkpoint")
 
         try:
             go_on()
@@ -168,6 +173,41 @@ def test_pages_that_the_shadow_has(new_server: ServerFactory, version: int) -> N
         assert since < list_backups(site.repository)[-1].start_lsn
         site.settle()
         assert all(same(images[block], site.page(path, block)) for block in blocks)
+
+
+def test_a_page_that_was_mended_of_an_old_image_is_not_the_shadows(new_server: ServerFactory) -> None:
+    """A reader of an old page logs its image; what the page is mended with is in no WAL: the shadow is wrong there."""
+    server = new_server(18)
+    with shadowed(server) as (site, go_on):
+        orders = site.path("orders")
+        site.sql("update orders set note = 'unread' where ctid >= '(6,0)' and ctid < '(7,0)' and id % 2 = 0")
+        site.settle()
+        old = site.page(orders, 6)
+        site.sql("update orders set note = 'newer' where id between 1 and 4000 and id % 5 = 0")
+        site.damage(orders, 6, old)
+        site.sql("select count(*) from orders where length(note) > 0")
+        plan = site.plan((orders, 6))
+        assert "it was read, and nothing more" in str(plan.as_json())
+        assert site.execute(plan).verdict is Verdict.HELD
+        site.settle()
+        assert check(site.cluster, ["lost_writes"]).verdict is Verdict.HELD
+        take(site.cluster, site.repository)
+        go_on(flushed=True)
+        good = {block: site.page(orders, block) for block in (6, 8)}
+        subject = site.cluster.subject(Budget(), repository=site.repository)
+        with PageRepairs(site.cluster, site.repository) as repairs:
+            backup = list_backups(site.repository)[-1].id
+            warm = repairs._warm(backup, site.target("orders"), [6, 8], NOTHING_KNOWN)
+        assert warm is not None
+        assert set(warm.images) == {8}
+        # The memory is what tells; without it all WAL since the shadow's backup does.
+        shutil.rmtree(subject.state / "audited")  # type: ignore[operator]
+        with PageRepairs(site.cluster, site.repository) as repairs:
+            warm = repairs._warm(backup, site.target("orders"), [6, 8], NOTHING_KNOWN)
+        assert warm is not None
+        assert set(warm.images) == {8}
+        images, _, _ = images_of(site, [6, 8])
+        assert all(same(images[block], good[block]) for block in good)
 
 
 def test_pages_are_mended_with_what_the_shadow_has(new_server: ServerFactory) -> None:

@@ -98,6 +98,8 @@ class BlockAudit:
         self.files = _by_fork(listing(data))
         self.unknown: list[str] = []
         """What could not be told, after `deviations`."""
+        self.once_old: set[tuple[Fork, int]] = set()
+        """Blocks of which the WAL has an image of an old page, but that were mended since; after `deviations`."""
         self._later: dict[Fork, list[Expected]] = {}
         """Blocks of tables that were changed since, with the last record before."""
         self._images = WalImages(wal.folder, wal.timeline, wal.segment_bytes)
@@ -287,6 +289,7 @@ class BlockAudit:
         if not self.data.exists(path):  # its whole database was dropped: no relation is named for that
             return True
         if suspect.image is not None and Mended(path, suspect.block, suspect.image) in told.answers:
+            self.once_old.add((suspect.fork, suspect.block))
             return True
         return explained(suspect, path, told.events)
 

@@ -21,6 +21,8 @@ class LastChanges:
 
     def __init__(self) -> None:
         self._forks: dict[Fork, _Columns] = {}
+        self.complete = True
+        """Whether none was forgotten."""
 
     def add(self, fork: Fork, blocks: NDArray[np.uint32], starts: NDArray[np.uint64]) -> None:
         """Take what other WAL says, older or younger; a start of 0 says nothing."""
@@ -48,6 +50,7 @@ class LastChanges:
         count = sum(len(blocks) for blocks, _ in self._forks.values())
         if count <= _MOST:
             return
+        self.complete = False
         every = np.concatenate([starts for _, starts in self._forks.values()])
         least = np.partition(every, count - _MOST)[count - _MOST]
         for fork, (blocks, starts) in self._forks.items():
@@ -59,6 +62,7 @@ class LastChanges:
         told = io.BytesIO()
         np.savez(
             told,
+            complete=np.array(self.complete),
             forks=np.array([fork[:3] for fork in forks], np.uint32).reshape(-1, 3),
             counts=np.array([len(blocks) for blocks, _ in columns], np.uint32),
             blocks=np.concatenate([np.empty(0, np.uint32), *(blocks for blocks, _ in columns)]),
@@ -71,6 +75,7 @@ class LastChanges:
         """What `as_bytes` wrote; raises ValueError, KeyError or OSError for anything else."""
         made = cls()
         with np.load(io.BytesIO(told), allow_pickle=False) as arrays:
+            made.complete = bool(arrays["complete"])
             begin = 0
             for fork, count in zip(arrays["forks"].tolist(), arrays["counts"].tolist(), strict=True):
                 part = slice(begin, begin + count)

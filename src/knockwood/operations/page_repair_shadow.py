@@ -42,9 +42,11 @@ class ShadowImages:
         """Images as of the plan's target, or of the one after a checkpoint of the server where some are only in the
         shadow's buffers, without what they leave in doubt; None where the shadow can give none sooner.
 
-        They are proven as a clone's are. Of the WAL that `lost_writes` has compared with the server's pages without
-        a finding only that is read which the shadow may not have on its disk yet; of older changes the last ones that
-        the check remembers count, too.
+        They are proven as a clone's are, by the WAL since the backup that the shadow was made from. Of what
+        `lost_writes` has compared with the server's pages without a finding only that is read which the shadow may not
+        have on its disk yet; of older changes the last ones that the check remembers count, too. Pages of which that
+        WAL has an old image are left out: the shadow has that image, and not what they were mended with, which is in
+        no WAL.
         """
         if self._clone is not None:
             self._clone.advance(plan)
@@ -57,7 +59,10 @@ class ShadowImages:
             return None
         # Read before the pages: it only moves on, and every change before it is on the shadow's disk.
         on_disk = redo_position(self._clone)
-        since, known = _compared(subject, plan.chain[-1].start_lsn, on_disk, target, blocks)
+        since, known, doubtful = _compared(
+            subject, self._clone.plan.chain[-1].start_lsn, on_disk, target, blocks
+        )
+        blocks = [block for block in blocks if block not in doubtful]
         known |= {block: max(lsn, known.get(block, lsn)) for block, lsn in beyond.items()}
         words: dict[str, Any] = {"beyond": known, "may_promote": False, "since": since}
         good = good_images(subject, self._clone, target, blocks, **words)
@@ -74,14 +79,14 @@ class ShadowImages:
 
 
 def _compared(
-    subject: Subject, start: Lsn, on_disk: Lsn, target: Target, blocks: Collection[int]
-) -> tuple[Lsn, dict[int, Lsn]]:
-    """From where on the WAL has to be read, and the last changes of the blocks before that are remembered.
-
-    Never from after `on_disk`, even if the backup that starts at `start` is younger than that.
-    """
-    memory = Memory.of(subject)
-    since = min(max((end for begin, end in memory.load() if begin <= start), default=start), on_disk)
-    changes, fork = memory.changes(), (*target.node, "main")
-    known = {block: changes.before(fork, block, since.value) for block in blocks}
-    return since, {block: Lsn(lsn) for block, lsn in known.items() if lsn}
+    subject: Subject, base: Lsn, on_disk: Lsn, target: Target, blocks: Collection[int]
+) -> tuple[Lsn, dict[int, Lsn], frozenset[int]]:
+    """From where on the WAL has to be read, the last changes of the blocks before that are remembered, and the blocks
+    that were once old there. `base` is the start of the shadow's backup."""
+    compared = Memory.of(subject).compared(base)
+    if compared is None:
+        return base, {}, frozenset()
+    since, fork = min(compared.end, on_disk), (*target.node, "main")
+    known = {block: compared.changes.before(fork, block, since.value) for block in blocks}
+    old = frozenset(block for block in blocks if (fork, block) in compared.once_old)
+    return since, {block: Lsn(lsn) for block, lsn in known.items() if lsn}, old

@@ -29,10 +29,8 @@ def in_place(cluster: Cluster, repository: Repository, plan: Plan) -> RestoreInP
 
     def bring_back(into: Path, tablespaces: Path) -> str:
         # Of a restore that was complete, but whose end is not written down, nobody knows what it reached.
-        if into.exists() and (HalfDone.read(into) is None or half_done.complete(into)):
-            files.remove_tree(into)
-        if HalfDone.read(into) is None:
-            files.remove_tree(tablespaces)
+        if HalfDone.read(into) is None or half_done.complete(into):
+            _discard(into, tablespaces)
         outcome = restore(
             repository,
             target,
@@ -57,9 +55,18 @@ def in_place(cluster: Cluster, repository: Repository, plan: Plan) -> RestoreInP
         with contextlib.suppress(KnockwoodError):
             salvage(repository, stopped)
 
-    return RestoreInPlace(
-        bring_back, save_wal, lambda: _programs(cluster, repository, str(words["backup"])).path("pg_ctl")
-    )
+    def pg_ctl() -> Path:
+        return _programs(cluster, repository, str(words["backup"])).path("pg_ctl")
+
+    return RestoreInPlace(bring_back, _discard, save_wal, pg_ctl)
+
+
+def _discard(into: Path, tablespaces: Path) -> None:
+    """Remove a restore, complete or not; what tells where its parts are goes last."""
+    state = HalfDone.read(into)
+    for folder in (state.sockets if state else None, tablespaces, into):
+        if folder is not None:
+            files.remove_tree(folder)
 
 
 def _programs(cluster: Cluster, repository: Repository, backup: str) -> Programs:

@@ -36,10 +36,11 @@ class RestoreInPlace:
     """restore-in-place: stop, save the last WAL, restore beside, change places. Nothing is deleted.
 
     `pg_ctl` is the program of the cluster's version, `salvage` archives what the stopped server's pg_wal has
-    beyond the archive.
+    beyond the archive, `discard` removes what `restore` left in its two folders, and elsewhere.
     """
 
     restore: Restore
+    discard: Callable[[Path, Path], object]
     salvage: Callable[[Path], object]
     pg_ctl: Callable[[], Path]
     kind: str = KIND
@@ -82,8 +83,7 @@ class RestoreInPlace:
         places = Places.of(data, journal.folder.name)
         if not swapped(places, old):
             with files.translated(places.new):
-                files.remove_tree(places.new)
-                files.remove_tree(places.tablespaces)
+                self.discard(places.new, places.tablespaces)
             detail = "the old cluster was still in its place; what had been restored is removed"
             return StepResult(step.kind, step.title, Outcome.ROLLED_BACK, detail)
         for folder in (places.data, places.old):

@@ -52,7 +52,19 @@ def test_only_the_same_run_of_the_server_is_remembered(tmp_path: Path) -> None:
     assert Memory(path, "boot 2").changes().before(fork, 7, 99) == 0
     memory.save([(Lsn(10), Lsn(20))], Lsn(5), None)
     assert memory.changes().before(fork, 7, 99) == 15
+    assert memory.compared(Lsn(31)) is None
+    known = memory.compared(Lsn(12))
+    assert known is not None
+    assert (known.end, known.once_old) == (Lsn(20), frozenset())
+    memory.save([(Lsn(10), Lsn(25))], Lsn(5), None, [(fork, 7)])
+    memory.save([(Lsn(10), Lsn(25))], Lsn(5), None, [(fork, 2)])
+    known = memory.compared(Lsn(10))
+    assert known is not None
+    assert known.once_old == {(fork, 2), (fork, 7)}, "for good: the WAL keeps the image"
     path.with_suffix(".changes").write_bytes(b"boot 1\nno arrays")
+    assert memory.compared(Lsn(10)) is None
     assert memory.changes().before(fork, 7, 99) == 0
-    path.write_text('{"identity": "boot 1", "held": [["zz"]]}')
+    path.write_text('{"identity": "boot 1", "held": [["0/1", "0/9"]]}')
+    assert memory.load() == [], "of a version that did not remember old images"
+    path.write_text('{"identity": "boot 1", "held": [["zz"]], "once_old": []}')
     assert memory.load() == []

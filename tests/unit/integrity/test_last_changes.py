@@ -46,5 +46,7 @@ def test_maps_and_starts_that_are_not_known_are_left_out() -> None:
 def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(last_changes, "_MOST", 2)
     made = made_of([(FORKS[0], 1, 100), (FORKS[1], 1, 300), (FORKS[2], 1, 200)])
+    assert LastChanges.from_bytes(made.as_bytes()).complete
     made.limit()
+    assert not LastChanges.from_bytes(made.as_bytes()).complete
     assert [made.before(fork, 1, 1000) for fork in FORKS] == [0, 300, 200]

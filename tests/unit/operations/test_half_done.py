@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from knockwood.errors import DirectoryNotEmptyError, HostError, LockHeldError, RefusedError, UsageError
-from knockwood.operations import half_done
+from knockwood.operations import half_done, recover_whole
 from knockwood.operations.half_done import WORK, HalfDone
 from knockwood.operations.restore_table import _copy_name
 from knockwood.recover.table_definition import TableName
@@ -38,6 +38,18 @@ def test_a_finished_restore_has_all_its_parts_and_no_work_folder(tmp_path: Path)
     assert os.listdir(into) == [WORK]
     half_done.finish(into, data)
     assert sorted(os.listdir(into)) == ["PG_VERSION", "base", "global"]
+
+
+def test_a_restore_in_place_is_taken_back_with_all_its_parts(tmp_path: Path) -> None:
+    """Also the folder of its server's socket, which lies elsewhere."""
+    into, tablespaces = tmp_path / "new", tmp_path / "spaces"
+    begin(into)
+    for folder in (tablespaces, tmp_path / "kw-s"):
+        folder.mkdir()
+        (folder / "file").touch()
+    recover_whole._discard(into, tablespaces)
+    assert os.listdir(tmp_path) == []
+    recover_whole._discard(into, tablespaces)
 
 
 def test_each_step_of_finishing_can_be_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from knockwood.integrity.audited import Memory, Span, without
+from knockwood.integrity.audited import Block, Memory, Span, without
 from knockwood.integrity.block_audit import LOOK_BACK_BYTES, BlockAudit, text
 from knockwood.integrity.catalog import Names, stake
 from knockwood.integrity.check import NotChecked, Outcome, Role, Subject, Weight
@@ -72,7 +72,7 @@ class LostWrites:
             # WAL that showed damage is read again, so that the next run shows it too.
             if clean:
                 fresh = any(start < end for start, end in run.read)
-                memory.save([*run.held, *run.read], run.floor, changes if fresh else None)
+                memory.save([*run.held, *run.read], run.floor, changes if fresh else None, run.once_old)
             yield from run.unread()
 
 
@@ -88,6 +88,7 @@ class _Run:
     changes: LastChanges
     read: list[Span] = field(default_factory=list)
     missed: list[tuple[Span, str]] = field(default_factory=list)
+    once_old: set[Block] = field(default_factory=set)
 
     @property
     def floor(self) -> Lsn:
@@ -125,6 +126,7 @@ class _Run:
         audit = BlockAudit(self.subject, self.data, self.connection, wal, self.changes)
         names = Names(self.subject)
         deviations = sorted(audit.deviations(), key=lambda each: (each.fork, each.block))
+        self.once_old |= audit.once_old
         found: list[Outcome] = [NotChecked(LostWrites.name, reason) for reason in audit.unknown]
         found += [_finding(each, audit.file(each), names, wal) for each in deviations]
         return (begin, wal.end), wal.end - wal.start, found
