@@ -53,6 +53,11 @@ def test_pages_that_nobody_has_changed(new_server: ServerFactory) -> None:
         assert cold(site, "other", [1, 3, 5, 9999]) == {1: pages[1], 5: pages[5]}
         assert images_of(site, [1, 2], "other")[2]
         assert not images_of(site, [1, 3], "other")[2]
+        with PageRepairs(site.cluster, site.repository) as repairs:
+            backup, future = list_backups(site.repository)[-1].id, {3: Lsn(1 << 40)}
+            found = repairs.images([backup])(site.target("other"), [1, 3], None, future)
+        assert [sorted(good.images) for good in found] == [[1], []]
+        assert "known to have changed" in found[-1].doubts[3]
         assert cold(site, "other", [1, 3, 5], {5: decode_header(pages[5]).lsn}) == {1: pages[1]}
         # Of an incremental backup what changed comes from it, all else from the full one.
         take(site.cluster, site.repository, incremental=True)

@@ -90,7 +90,7 @@ class GoodImages:
                 for good in self._of_backup(backup, target, left, before, beyond):
                     found.append(good)
                     left.difference_update(good.images)
-                    doubts = {block: doubts.get(block, good.doubts.get(block, "")) for block in left}
+                    doubts = {block: doubts.get(block) or good.doubts.get(block, "") for block in left}
             except KnockwoodError as error:
                 if not found:
                     raise
