@@ -215,8 +215,9 @@ def test_wal_that_was_read_to_find_the_target_is_not_fetched_again(
         missing = {piece.segment.name for piece in spool.missing(plan.wal)}
         assert missing == {piece.segment.name for piece in plan.wal} - kept.sources.keys()
         assert not missing or room < 1 << 30
-        spool.fetch(WalArchive(repository), plan.wal)
-        other.fetch(WalArchive(repository), plan.wal)
+        for one_of_them in (spool, other):
+            arrived = list(one_of_them.arriving(WalArchive(repository), plan.wal))
+            assert arrived == [piece.segment for piece in plan.wal]
         for path in other.folder.iterdir():
             assert (spool.folder / path.name).read_bytes() == path.read_bytes()
             assert (spool.folder / path.name).stat().st_uid == path.stat().st_uid

@@ -43,18 +43,6 @@ class Spool:
             if self.sources.get(piece.segment.name, "none") != (piece.partial_name or "")
         ]
 
-    def fetch(
-        self,
-        archive: WalArchive,
-        pieces: Iterable[WalPiece],
-        *,
-        workers: int = 4,
-        progress: Report | None = None,
-    ) -> None:
-        """Fetch what is missing; ObjectMissingError or ObjectDamagedError if a piece is not whole."""
-        for _ in self.arriving(archive, pieces, workers=workers, progress=progress):
-            pass
-
     def arriving(
         self,
         archive: WalArchive,
@@ -63,7 +51,10 @@ class Spool:
         workers: int = 4,
         progress: Report | None = None,
     ) -> Generator[WalSegment, None, None]:
-        """Fetch what is missing, and give each segment, in the pieces' order, once it is here. Raises as `fetch`."""
+        """Fetch what is missing, and give each segment, in the pieces' order, once it is here.
+
+        Raises ObjectMissingError or ObjectDamagedError if a piece is not whole.
+        """
         wanted = list(pieces)
         missing = self.missing(wanted)
         with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="wal") as pool:

@@ -129,7 +129,7 @@ def discard(into: Path) -> None:
     state = HalfDone.read(into)
     if state is None:
         return
-    if (into / _LAST).exists():
+    if complete(into):
         raise RefusedError(
             "the restore here is complete; only its work folder was left", where=str(into / WORK)
         )
@@ -148,7 +148,7 @@ def discard(into: Path) -> None:
 
 def abandon(into: Path, *, existed: bool) -> None:
     """After a failure: remove what this restore left, unless its last step was done already."""
-    if not (into / _LAST).exists():
+    if not complete(into):
         discard(into)
         if not existed:
             into.rmdir()
@@ -158,7 +158,7 @@ def _make_way(into: Path, again: bool) -> None:
     if not into.is_dir():
         raise DirectoryNotEmptyError("not a folder", where=str(into), hint="name one that does not exist yet")
     found = HalfDone.read(into)
-    if found is not None and not (into / _LAST).exists():
+    if found is not None and not complete(into):
         _require_dead(into, found)
         if not again:
             raise DirectoryNotEmptyError(

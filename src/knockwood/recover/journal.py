@@ -186,7 +186,8 @@ class StepJournal:
 
     def evidence_of_many(self, pieces: Mapping[str, bytes]) -> None:
         """Keep bytes durably under their names; what was kept first under one stays. Flushed side by side."""
-        files = {name: f"{self.position:03d}-{name}" for name in pieces if self._entry(name) is None}
+        there = {entry["name"] for entry in self._kept()}
+        files = {name: f"{self.position:03d}-{name}" for name in pieces if name not in there}
         if not files:
             return
         folder = self._journal.evidence_folder
@@ -221,7 +222,8 @@ class StepJournal:
     def _kept(self) -> Iterator[dict[str, str]]:
         for event in self._journal.of_step(self.position):
             if event["event"] == "evidence":
-                yield from event["kept"]
+                # Once each piece had an event of its own: an execution may be resumed by a later version.
+                yield from event.get("kept", [event])
 
 
 def holder() -> dict[str, Any]:

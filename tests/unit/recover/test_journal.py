@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -72,6 +73,18 @@ def test_many_pieces_of_evidence_are_one_line_of_the_journal(tmp_path: Path) -> 
     assert again.read_evidence("page-1") == b"first", "what was kept first stays"
     assert [again.read_evidence(f"page-{number}") for number in (0, 3, 39)] == [b"0", b"3", b"39"]
     assert len(again.evidence_paths) == 40
+
+
+def test_evidence_of_an_earlier_version_is_found(tmp_path: Path) -> None:
+    """One event for each piece, as it was written before."""
+    journal = begun(tmp_path / "a")
+    path = journal.evidence_folder / "000-page"
+    path.write_bytes(b"damaged")
+    sha256 = hashlib.sha256(b"damaged").hexdigest()
+    journal.append("evidence", step=0, name="page", file=path.name, sha256=sha256)
+    step = StepJournal(Journal.open(tmp_path / "a"), 0)
+    assert step.kept("page") == path
+    assert step.read_evidence("page") == b"damaged"
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
