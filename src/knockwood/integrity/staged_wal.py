@@ -10,15 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from knockwood.errors import HostError, KnockwoodError
+from knockwood.errors import HostError, KnockwoodError, ProgramFailedError
 from knockwood.host import files
 from knockwood.integrity.check import Subject
 from knockwood.model import Lsn, Timeline, WalSegment
+from knockwood.postgres.binaries import find_programs
+from knockwood.postgres.waldump import first_record
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.inventory import ArchiveInventory, Partial
 from knockwood.repository.walk import workplace
 
 T = TypeVar("T")
+
+WINDOW_BYTES: Final = 512 << 20
+"""So much of a long stretch lies in the temporary folder at once."""
 
 _FETCHING: Final = 4
 """Segments that are brought from the archive at once."""
@@ -90,6 +95,42 @@ def _read(
         if wal is not None:
             wal.require_unchanged()
         return found
+
+
+def in_windows(
+    subject: Subject,
+    since: Lsn,
+    until: Lsn,
+    read: Callable[[StagedWal], T],
+    window_bytes: int = WINDOW_BYTES,
+) -> Iterator[T]:
+    """What `read` makes of the WAL in [since, until), window after window, so that only one lies on disk at a time.
+
+    A window begins before the end of the one before, so that every record is whole in one of them; some are in two.
+    `read` may be given the same window twice. Raises ProgramFailedError where some of the WAL is not there, and
+    what `read` raises.
+    """
+    size = subject.facts.segment_bytes
+    programs = subject.programs or find_programs(subject.facts.major)
+    start = end = since
+    while end < until:
+        end = min(Lsn((end.value + max(window_bytes, size)) // size * size), until)
+
+        def window(wal: StagedWal | None, start: Lsn = start, end: Lsn = end) -> tuple[T, Lsn]:
+            if wal is None or wal.start > start or wal.end < end:
+                have = f"{wal.start} to {wal.end} only" if wal else "nothing"
+                raise ProgramFailedError(f"of the WAL from {start} to {end} there is {have}")
+            found = read(wal)
+            # No record that begins before `end` and goes on after it begins before this one.
+            resume = end
+            while end < until and resume > start:
+                resume = max(Lsn((resume.value - 1) // size * size), start)
+                if first_record(programs, wal.folder, wal.timeline, resume, end, size) is not None:
+                    break
+            return found, resume
+
+        found, start = with_wal(subject, end, end - start + 2 * size, window, since=start)
+        yield found
 
 
 @contextmanager

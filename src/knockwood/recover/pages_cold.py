@@ -50,14 +50,13 @@ def cold_images(
     until = facts.flush_wal(subject, target.database)
     came_or_went: list[RelationEvent] = []
     images: dict[int, bytes] = {}
+    programs = facts.programs_of(subject)
 
     def note(wal: StagedWal, records: Mapping[int, Sequence[BlockRecord]]) -> None:
-        programs = facts.programs_of(subject)
-        events = relation_events(
-            programs, wal.folder, wal.timeline, backup.start_lsn, until, wal.segment_bytes
-        )
-        came_or_went[:] = (event for event in events if _main(event.path) == target.path)
-        images.clear()
+        events = relation_events(programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes)
+        came_or_went.extend(event for event in events if _main(event.path) == target.path)
+        for block in (block for block, some in records.items() if some):
+            images.pop(block, None)
         images.update(_last_images(wal, records))
 
     wal = facts.wal_facts(subject, target, blocks, backup.start_lsn, until, beyond, note)

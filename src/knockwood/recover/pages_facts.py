@@ -9,11 +9,11 @@ from typing import Final
 
 import psycopg
 
-from knockwood.errors import HostError, InternalError, ObjectMissingError, ProgramFailedError, RefusedError
+from knockwood.errors import HostError, InternalError, ObjectMissingError, RefusedError
 from knockwood.host.direct import read_block
 from knockwood.integrity.check import Subject
 from knockwood.integrity.mended import Mended
-from knockwood.integrity.staged_wal import StagedWal, with_wal
+from knockwood.integrity.staged_wal import StagedWal, in_windows
 from knockwood.model.wal import Lsn
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, connect, translated, with_words
@@ -197,33 +197,32 @@ def wal_facts(
     """What the WAL in [since, until) says of the blocks, from the server's pg_wal or else the archive.
 
     `beyond` are starts of records known to have changed blocks. Never raises for WAL that cannot be had: then
-    nothing is known, with the reason. `beside` is given the same WAL, with the records (perhaps twice), to look for
-    something else.
+    nothing is known, with the reason. `beside` is given each window of it, with its records (see `in_windows`), to
+    look for something else.
     """
     if not blocks:
         return {}
-    size = subject.facts.segment_bytes
+    programs = programs_of(subject)
 
-    def read(wal: StagedWal | None) -> dict[int, list[BlockRecord]]:
-        if wal is None or wal.start > since or wal.end < until:
-            have = f"{wal.start} to {wal.end} only" if wal else "nothing"
-            raise ProgramFailedError(f"of the WAL from {since} to {until} there is {have}")
+    def read(wal: StagedWal) -> Mapping[int, Sequence[BlockRecord]]:
         records = block_records(
-            programs_of(subject), wal.folder, wal.timeline, since, until, size, target.node, blocks
+            programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes, target.node, blocks
         )
-        if any(find_poison(each) or find_begun_anew(each, held=False) for each in records.values()):
-            # A page that was cut off and made again had to lack what was there before.
-            cuts = _cuts(wal, subject, target, since, until)
-            records = {
-                block: [record for record in each if record.lsn.value > last_cut(cuts, block)]
-                for block, each in records.items()
-            }
         if beside is not None:
             beside(wal, records)
         return records
 
+    found: dict[int, list[BlockRecord]] = {block: [] for block in blocks}
     try:
-        found = with_wal(subject, until, until - since + 2 * size, read, since=since)
+        for records in in_windows(subject, since, until, read):
+            for block, some in records.items():
+                seen = found[block][-1].lsn if found[block] else Lsn(0)
+                found[block] += (record for record in some if record.lsn > seen)
+        if any(find_poison(each) or find_begun_anew(each, held=False) for each in found.values()):
+            # A page that was cut off and made again had to lack what was there before.
+            cuts = cuts_of(subject, target, since, until)
+            for block, each in found.items():
+                found[block] = [record for record in each if record.lsn.value > last_cut(cuts, block)]
     except (HostError, ObjectMissingError) as error:
         return {block: WalFacts(False, (), since, until, str(error), beyond.get(block)) for block in blocks}
     return {
@@ -234,18 +233,13 @@ def wal_facts(
 def cuts_of(subject: Subject, target: Target, since: Lsn, until: Lsn) -> Sequence[RelationEvent]:
     """Where the WAL in [since, until) cuts the relation, or makes its file anew. Raises HostError where that WAL
     cannot be read."""
+    programs = programs_of(subject)
 
-    def read(wal: StagedWal | None) -> list[RelationEvent]:
-        if wal is None or wal.start > since or wal.end < until:
-            raise ProgramFailedError(f"the WAL from {since} to {until} is not there")
-        return _cuts(wal, subject, target, since, until)
+    def read(wal: StagedWal) -> list[RelationEvent]:
+        events = relation_events(programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes)
+        return [event for event in events if event.path == target.path]
 
-    return with_wal(subject, until, until - since + 2 * subject.facts.segment_bytes, read, since=since)
-
-
-def _cuts(wal: StagedWal, subject: Subject, target: Target, since: Lsn, until: Lsn) -> list[RelationEvent]:
-    events = relation_events(programs_of(subject), wal.folder, wal.timeline, since, until, wal.segment_bytes)
-    return [event for event in events if event.path == target.path]
+    return [event for events in in_windows(subject, since, until, read) for event in events]
 
 
 def last_cut(cuts: Iterable[RelationEvent], block: int) -> int:
