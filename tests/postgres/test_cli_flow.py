@@ -131,6 +131,15 @@ def test_targets_by_lsn_and_time(line: CommandLine, every_version: int) -> None:
     elsewhere = moment.astimezone(timezone(timedelta(hours=-7, minutes=-30)))
     line("restore", "--to", elsewhere.isoformat(sep=" "), "--into", line.folder / "time")
     assert _rows(line, line.folder / "time") == [1]
+    # Nothing was committed after this one: that, too, is proven.
+    idle = line.execute("select clock_timestamp()")[0][0]
+    line("restore", "--to", idle.isoformat(), "--into", line.folder / "idle")
+    assert _rows(line, line.folder / "idle") == [1, 2]
+    future = (idle + timedelta(hours=1)).isoformat()
+    assert (
+        "no commit later than"
+        in line.fails(4, "KW201", "restore", "--to", future, "--into", line.folder / "no")["what"]
+    )
     bare = datetime.fromisoformat(moment.isoformat()).replace(tzinfo=None).isoformat()
     error = line.fails(3, "KW100", "restore", "--to", bare, "--into", line.folder / "bare")
     assert "no zone" in error["what"]

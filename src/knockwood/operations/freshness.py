@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TypeVar
 
 from knockwood.errors import KnockwoodError, PostgresError, RefusedError, TargetUnreachableError
@@ -11,11 +13,12 @@ from knockwood.host import clock
 from knockwood.model import Lsn, WalRange, WalSegment
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.protect import wal_arriving
+from knockwood.postgres.connection import connect, translated
 from knockwood.repository import receive_server
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.repository import Repository
 from knockwood.repository.spool import Spool
-from knockwood.repository.targets import Latest, Target
+from knockwood.repository.targets import Latest, Target, ToTime
 
 _POLL = 0.05
 _T = TypeVar("_T")
@@ -95,14 +98,17 @@ def reaching(
     """Do what goes back to `target`, with as much of the live server's WAL as that needs; `work` is given notes.
 
     Most targets lie in the past. Only where one is not reached, as seconds after a mistake, the newest WAL is
-    brought and `work` done again; for latest, and where a loss is accepted, it is brought before. Raises RefusedError
-    where latest would lack commits, and what `work` raises.
+    brought and `work` done again; for latest, and where a loss is accepted, it is brought before. For a moment after
+    the last commit of an idle server a later one is made there first, to prove that there is none in between. Raises
+    RefusedError where latest would lack commits, and what `work` raises.
     """
     latest = target == Latest()
     if not latest and not accept_loss:
         try:
             return work(())
         except TargetUnreachableError as error:
+            if isinstance(target, ToTime):
+                _commit_later(cluster, target.time)
             freshness = bring_up_to_date(cluster, repository)
             if not freshness.complete:
                 error.hint = "; ".join(filter(None, (freshness.detail, error.hint)))
@@ -112,3 +118,14 @@ def reaching(
     if latest and not accept_loss:
         require_complete(freshness)
     return work((freshness.detail,))
+
+
+def _commit_later(cluster: Cluster, moment: datetime) -> None:
+    """Commit something that changes nothing, where the server lets us and its clock is past the moment."""
+    with contextlib.suppress(PostgresError), connect(cluster.dsn) as connection, translated():
+        connection.execute("set synchronous_commit = local")
+        connection.execute(
+            "select pg_catalog.pg_logical_emit_message(true, 'knockwood', 'later')"
+            " where pg_catalog.clock_timestamp() > %s and not pg_catalog.pg_is_in_recovery()",
+            [moment],
+        )
