@@ -80,6 +80,8 @@ def _run(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     except (ValueError, KeyError):
         card = {"scenario": name, "seed": seed, "verdict": "not_checked", "said": said.lines(20)}
     failed = [gate["name"] for gate in card.get("gates", []) if not gate["passed"]]
+    if failed:
+        card["said"] = said.err.splitlines()
     say(f"{name}, seed {seed}: {card['verdict']}{': ' + ', '.join(failed) if failed else ''}")
     return dict(card)
 

@@ -139,8 +139,14 @@ def _live_gates(mended: Mended, kept: Kept, proof: Proof) -> tuple[Gate, ...]:
     return (
         gate("repaired in place", complete, told),
         gate("no acknowledged commit lost", kept.all, str(kept)),
-        gate("production proved", proof.verdict is Verdict.HELD, str(proof.verdict)),
+        gate("production proved", proof.verdict is Verdict.HELD, _why(proof)),
     )
+
+
+def _why(proof: Proof) -> str:
+    """The verdict, and the claims that did not hold."""
+    doubts = (f"{claim.name}: {claim.detail}" for claim in proof.claims if claim.verdict is not Verdict.HELD)
+    return "; ".join((str(proof.verdict), *doubts))[:1000]
 
 
 @dataclass(frozen=True, slots=True)
