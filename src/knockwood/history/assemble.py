@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from knockwood.history.carried import Carried
 from knockwood.history.effects import changes_catalogs, relations_of
 from knockwood.history.store import Head, OpenTransaction, Transactions, labels_of
 from knockwood.history.summary import INPLACE, KIND_BITS, TAKEN_BACK
@@ -16,8 +18,6 @@ from knockwood.history.transaction import Transaction
 from knockwood.model.wal import Lsn, TimelineHistory
 from knockwood.postgres.walendings import Ending, File, microseconds, moment
 
-_HALF = 1 << 31
-_ROUND = 1 << 32
 _NOTHING = Ending()
 
 _MANY = 500
@@ -57,9 +57,9 @@ class Asked:
 
 
 class Assembler:
-    """Takes segments in order; `carried` is what earlier ones hold of transactions that have not ended."""
+    """Takes segments one by one; what earlier ones hold of their transactions is looked up in `carried`."""
 
-    def __init__(self, history: TimelineHistory, asked: Asked) -> None:
+    def __init__(self, history: TimelineHistory, asked: Asked, carried: Carried) -> None:
         self._history = history
         self._since = asked.since.value if asked.since is not None else 0
         self._until = asked.until.value if asked.until is not None else None
@@ -67,10 +67,7 @@ class Assembler:
         self._before = microseconds(asked.before) if asked.before is not None else None
         self._filenodes = asked.filenodes
         self._xids = np.array(sorted(asked.xids), np.int64) if asked.xids is not None else None
-        self._carried: dict[int, list[tuple[int, OpenTransaction]]] = {}
-        self._newest: int | None = None
-        self._reached: int | None = None
-        self._whole_from: int | None = None
+        self._carried = carried
 
     # --- which segments ----------------------------------------------------------------------------
 
@@ -78,9 +75,13 @@ class Assembler:
         """Whether this segment, and so all after it, begins after what is asked for."""
         return self._until is not None and head.start >= self._until
 
-    def needs(self, head: Head) -> bool:
+    def before(self, head: Head) -> bool:
+        """Whether this segment, and so all before it, ends before what is asked for."""
+        return head.end <= self._since
+
+    def needs(self, position: int, head: Head) -> bool:
         """Whether a segment may hold a commit that is asked for."""
-        if head.commits == 0 or head.xids is None or head.end <= self._since:
+        if head.commits == 0 or head.xids is None or self.before(head):
             return False
         if self._xids is not None:
             low, high = np.searchsorted(self._xids, (head.xids[0], head.xids[1] + 1))
@@ -90,7 +91,9 @@ class Assembler:
             return False
         if self._filenodes is None:
             return True
-        return any(map(self._wanted, head.changed)) or self._carries_wanted()
+        return any(map(self._wanted, head.changed)) or any(
+            True for _ in self._carried.ending(position, head, self._touches)
+        )
 
     def _in_time(self, first: int, last: int) -> bool:
         return (self._after is None or last >= self._after) and (
@@ -101,68 +104,36 @@ class Assembler:
         asked = self._filenodes
         return asked is None or file[2] in asked or (file[1], file[2]) in asked
 
-    def _carries_wanted(self) -> bool:
-        return any(self._touches(part) for parts in self._carried.values() for _, part in parts)
-
     # --- segments ----------------------------------------------------------------------------------
 
-    def skip(self, head: Head) -> None:
-        """Note what a segment leaves open, without its transactions."""
-        self._look(head)
-        self._reached = head.end
-        base = head.segment.start.value
-        for part in head.opened:
-            self._carried.setdefault(part.xid, []).append((base, part))
-        self._forget(head)
-
-    def _look(self, head: Head) -> None:
-        """After a hole, and at the archive's beginning, transactions may have begun in what is not there."""
-        if self._reached is not None and head.start > self._reached:
-            self._whole_from = None
-        if self._whole_from is None or self._reached is None:
-            self._whole_from = head.next_xid
-
-    def _complete(self, xid: int) -> bool:
-        return self._whole_from is not None and (xid - self._whole_from) % _ROUND < _HALF
-
-    def _forget(self, head: Head) -> None:
-        """Xids go round: what was left open half a round ago (by a crash) belongs to nothing to come."""
-        highest = head.highest_xid
-        if highest is None:
-            return
-        if self._newest is None or (highest - self._newest) % _ROUND < _HALF:
-            self._newest = highest
-        for xid in [x for x in self._carried if (self._newest - x) % _ROUND >= _HALF]:
-            del self._carried[xid]
-
     def read(
-        self, head: Head, found: Transactions, *, last: int | None = None, largest: int | None = None
+        self,
+        position: int,
+        head: Head,
+        found: Transactions,
+        *,
+        last: int | None = None,
+        largest: int | None = None,
     ) -> Iterator[Transaction]:
         """The transactions of a segment that are asked for, in order; only the `last`, or the `largest`."""
-        self._look(head)
-        columns = found.columns
-        rows = self._candidates(head, found)
+        rows, most = self._candidates(position, head, found), None
         if last is not None:
-            rows = rows[-last:]
-        if largest is not None and len(rows) > largest:
-            sizes = self._sizes(columns)[rows]
-            rows = np.sort(rows[np.argpartition(sizes, -largest)[-largest:]])
-        chosen = set(rows.tolist())
-        segment = _Segment(head, found, many=len(chosen) > _MANY)
-        ended = _rows_of(columns, np.array(list(self._carried), np.int64)) if self._carried else rows[:0]
-        for row in sorted(chosen.union(ended.tolist())):
-            xids = segment.xids(row)
-            carried = [part for xid in xids for part in self._carried.pop(xid, ())]
-            if row not in chosen:
-                continue
-            made = self._made(segment, row, xids, carried)
-            if self._filenodes is None or any(
-                self._wanted((one.tablespace, one.database, one.filenode)) for one in made.relations
-            ):
-                yield made
-        self.skip(head)
+            rows, most = rows[::-1], last
+        elif largest is not None:
+            sizes = self._sizes(position, head, found.columns)[rows]
+            rows, most = rows[np.argsort(-sizes, kind="stable")], largest
+        segment = _Segment(head, found, many=min(len(rows), most or len(rows)) > _MANY)
+        made = (self._made(segment, row, position) for row in rows.tolist())
+        # Not before each was looked at: what is left out may make room for one that comes after it.
+        chosen = islice(filter(self._fits, made), most)
+        yield from chosen if most is None else sorted(chosen, key=lambda one: one.commit_lsn)
 
-    def _candidates(self, head: Head, found: Transactions) -> NDArray[np.int64]:
+    def _fits(self, made: Transaction) -> bool:
+        return self._filenodes is None or any(
+            self._wanted((one.tablespace, one.database, one.filenode)) for one in made.relations
+        )
+
+    def _candidates(self, position: int, head: Head, found: Transactions) -> NDArray[np.int64]:
         """The rows of commits that may be asked for; what files they changed is looked at closely later."""
         columns = found.columns
         at = columns["end_at"] + head.segment.start.value
@@ -182,7 +153,7 @@ class Assembler:
             wanted &= (kinds != INPLACE) & (kinds != TAKEN_BACK)
             xids = [
                 *(xid for xid, file in found.created if self._wanted(file)),
-                *(xid for xid, parts in self._carried.items() if any(self._touches(p) for _, p in parts)),
+                *self._carried.ending(position, head, self._touches),
             ]
             fits = _marked(columns, np.concatenate((columns["change_xid"][wanted], np.array(xids, np.int64))))
             dropped = [row for row, one in found.details.items() if any(map(self._wanted, one.dropped))]
@@ -193,7 +164,9 @@ class Assembler:
     def _touches(self, part: OpenTransaction) -> bool:
         return any(map(self._wanted, (*(change[0] for change in part.changes), *part.created)))
 
-    def _sizes(self, columns: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+    def _sizes(
+        self, position: int, head: Head, columns: Mapping[str, NDArray[np.int64]]
+    ) -> NDArray[np.int64]:
         """The bytes of WAL of each ending, with what earlier segments hold."""
         known = columns["xact_xid"]
         sums = np.zeros(len(columns["end_xid"]), np.int64)
@@ -202,20 +175,16 @@ class Assembler:
             rows = np.concatenate((np.arange(len(sums)), columns["sub_row"]))
             place = np.minimum(np.searchsorted(known, xids), len(known) - 1)
             np.add.at(sums, rows, np.where(known[place] == xids, columns["xact_bytes"][place], 0))
-        for xid, parts in self._carried.items():
+        for xid in self._carried.ending(position, head):
+            parts = self._carried.of(position, xid)
             sums[_rows_of(columns, np.array([xid]))] += sum(part.bytes for _, part in parts)
         return sums
 
-    def _made(
-        self,
-        segment: _Segment,
-        row: int,
-        xids: Sequence[int],
-        carried: Sequence[tuple[int, OpenTransaction]],
-    ) -> Transaction:
+    def _made(self, segment: _Segment, row: int, position: int) -> Transaction:
+        xids = segment.xids(row)
         at = segment.base + int(segment.at[row])
         total = _Sum(at)
-        for base, part in carried:
+        for base, part in (each for xid in xids for each in self._carried.of(position, xid)):
             total.first = min(total.first, base + part.first)
             total.bytes += part.bytes
             total.created += part.created
@@ -239,7 +208,7 @@ class Assembler:
             catalog_changes=changes_catalogs(total.counts, detail),
             gid=detail.gid or total.gid,
             label=total.label,
-            complete=self._complete(xids[0]),
+            complete=self._carried.complete(position, xids[0]),
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from knockwood.errors import ObjectDamagedError, ObjectMissingError
 from knockwood.history import store
 from knockwood.history.assemble import Asked, Assembler
 from knockwood.history.build import Indexed, Indexer, keep, pieces_of, runs_of
 from knockwood.history.build_pool import build_in_processes
+from knockwood.history.carried import Carried
 from knockwood.history.store import Head, Transactions
 from knockwood.history.transaction import Transaction
 from knockwood.model.proof import Commit
@@ -61,7 +62,8 @@ class ArchiveIndex:
         self._parts = parts
         self._route = route
         self._history: TimelineHistory = route.inventory.history(timeline)
-        self._transactions: dict[WalSegment, Transactions] = {}
+        self._known = [part for part in parts if part.head is not None]
+        self._carried: Carried | None = None
 
     @classmethod
     def open(
@@ -168,24 +170,17 @@ class ArchiveIndex:
 
     def select(self, asked: Asked) -> Iterator[Transaction]:
         """The same, asked for in one value."""
-        return self._stream(Assembler(self._history, asked))
+        return self._stream(self._assembler(asked))
 
     def newest(self, limit: int, asked: Asked = _ALL) -> list[Transaction]:
         """The newest of those asked for, at most `limit`, in order: without reading the others."""
         found: list[Transaction] = []
-        heads = self.heads
-        end, width = len(heads), 1
+        assembler = self._assembler(asked)
+        end, width = len(self._known), 1
         while end > 0 and len(found) < limit:
             begin = max(end - width, 0)
-            low = Lsn(heads[begin].start) if begin else Lsn(0)
-            high = Lsn(heads[end].start) if end < len(heads) else None
-            window = replace(
-                asked,
-                since=max(low, asked.since or low),
-                until=min((one for one in (high, asked.until) if one is not None), default=None),
-            )
-            found = [*self._stream(Assembler(self._history, window), last=limit), *found]
-            if asked.since is not None and low <= asked.since:
+            found = [*self._stream(assembler, begin, end, last=limit), *found]
+            if assembler.before(_head(self._known[begin])):
                 break
             end, width = begin, width * 2
         return found[-limit:]
@@ -193,25 +188,33 @@ class ArchiveIndex:
     def largest(self, limit: int, asked: Asked = _ALL) -> list[Transaction]:
         """Those with the most bytes of WAL, the largest first."""
         found: list[Transaction] = []
-        for one in self._stream(Assembler(self._history, asked), largest=limit):
+        for one in self._stream(self._assembler(asked), largest=limit):
             found.append(one)
             if len(found) > 4 * limit:
                 found = _largest(found, limit)
         return _largest(found, limit)
 
+    def _assembler(self, asked: Asked) -> Assembler:
+        if self._carried is None:
+            self._carried = Carried([_head(part) for part in self._known])
+        return Assembler(self._history, asked, self._carried)
+
     def _stream(
-        self, assembler: Assembler, *, last: int | None = None, largest: int | None = None
+        self,
+        assembler: Assembler,
+        begin: int = 0,
+        end: int | None = None,
+        *,
+        last: int | None = None,
+        largest: int | None = None,
     ) -> Iterator[Transaction]:
-        for part in self._parts:
-            if part.head is None:
-                continue
-            if assembler.beyond(part.head):
+        for position, part in enumerate(self._known[begin:end], begin):
+            head = _head(part)
+            if assembler.beyond(head):
                 return
-            if assembler.needs(part.head):
+            if assembler.needs(position, head):
                 found = self._transactions_of(part)
-                yield from assembler.read(part.head, found, last=last, largest=largest)
-            else:
-                assembler.skip(part.head)
+                yield from assembler.read(position, head, found, last=last, largest=largest)
 
     def transaction(self, xid: int, near: Lsn | None = None) -> Transaction:
         """The transaction that had an xid, also as a subtransaction; the newest, or the nearest to `near`,
@@ -264,6 +267,11 @@ class ArchiveIndex:
             if part.piece in run and info is not None:
                 part.made = Indexer(self.repository, run).index(run.index(part.piece), info.bytes)
                 part.stored = keep(self.repository, part.made)
+
+
+def _head(part: _Part) -> Head:
+    assert part.head is not None
+    return part.head
 
 
 def _largest(found: Sequence[Transaction], limit: int) -> list[Transaction]:
