@@ -61,9 +61,10 @@ class Following:
             raise ObjectMissingError("not in the archive", where=segment_object(segment))
         *_, run = runs_of(pieces)
         self._indexer = Indexer(self.repository, run)
-        known = store.heads(self.repository)
+        first = max(len(run) - CATCH_UP, 0)
+        known = store.heads(self.repository, [piece.segment for piece in run[first:]])
         wrong = None
-        for position in range(max(len(run) - CATCH_UP, 0), len(run)):
+        for position in range(first, len(run)):
             piece = run[position]
             if piece.segment.name not in known:
                 wrong = self._put(self._indexer.index(position, listing[piece.object].bytes)) or wrong

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from knockwood.errors import ObjectDamagedError, ObjectMissingError
-from knockwood.history import store
+from knockwood.history import packs, store
 from knockwood.history.assemble import Asked, Assembler
 from knockwood.history.build import Indexed, Indexer, keep, pieces_of, runs_of
 from knockwood.history.build_pool import build_in_processes
@@ -26,6 +27,9 @@ Progress = Callable[[int, int], None]
 """Called with bytes of WAL indexed so far and to index in all."""
 
 _ALL = Asked()
+
+_READERS = 8
+"""Heads that are read at once: from a bucket each takes a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +92,11 @@ class ArchiveIndex:
         newest = timeline or max((*inventory.timelines, *inventory.histories), default=Timeline(1))
         route = Route(inventory, newest)
         parts = [_Part(piece, None) for piece in pieces_of(route, listing)]
-        known = store.heads(repository)
         sizes = {part.piece.object: listing[part.piece.object].bytes for part in parts}
-        for position, part in enumerate(parts):
-            _load(repository, parts, position, known.get(part.piece.segment.name), sizes)
+        packed = _load(repository, parts, sizes)
         _build(repository, parts, sizes, build, progress, workers)
+        if build:
+            _pack(repository, parts, packed)
         return cls(repository, newest, parts, route)
 
     # --- what there is ------------------------------------------------------------------------------
@@ -278,22 +282,50 @@ def _largest(found: Sequence[Transaction], limit: int) -> list[Transaction]:
     return sorted(found, key=lambda one: (-one.wal_bytes, one.commit_lsn))[:limit]
 
 
-def _load(
-    repository: Repository, parts: Sequence[_Part], position: int, name: str | None, sizes: Mapping[str, int]
-) -> None:
-    """Take the stored head of a segment, unless it is damaged, of other WAL, or lacks its beginning."""
-    part = parts[position]
-    if name is None or part.piece.end is not None:
-        return
+def _load(repository: Repository, parts: Sequence[_Part], sizes: Mapping[str, int]) -> frozenset[str]:
+    """Take the stored heads of segments, but none that is damaged or of other WAL; the names of those in packs."""
+    packed = packs.read(repository)
+    alone = [
+        part
+        for part in parts
+        if part.piece.end is None and not _accept(part, packed.get(part.piece.segment.name), sizes)
+    ]
+    known = store.heads(repository, [part.piece.segment for part in alone])
+    stored = [part for part in alone if part.piece.segment.name in known]
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="heads") as pool:
+        heads = list(pool.map(lambda part: _read(repository, known[part.piece.segment.name]), stored))
+    wrong = [part for part, head in zip(stored, heads, strict=True) if not _accept(part, head, sizes)]
+    if wrong:
+        store.delete(repository, {part.piece.segment.name for part in wrong})
+    return frozenset(name for name, _ in packed.values())
+
+
+def _read(repository: Repository, name: str) -> tuple[str, Head] | None:
     try:
-        head = store.read_head(repository, name)
+        return name, store.read_head(repository, name)
     except (ObjectDamagedError, ObjectMissingError):
-        store.delete(repository, {part.piece.segment.name})
-        return
+        return None
+
+
+def _accept(part: _Part, stored: tuple[str, Head] | None, sizes: Mapping[str, int]) -> bool:
+    """Take a stored head if it is there, and of this file."""
+    if stored is None:
+        return False
+    name, head = stored
     if (head.source, head.source_bytes) != (part.piece.object, sizes[part.piece.object]):
-        store.delete(repository, {part.piece.segment.name})
-        return
+        return False
     part.head, part.stored = head, name
+    return True
+
+
+def _pack(repository: Repository, parts: Sequence[_Part], packed: frozenset[str]) -> None:
+    """Put together what lies alone; not heads that the WAL before will replace."""
+    alone = {
+        part.stored: part.head
+        for part in parts
+        if part.stored is not None and part.head is not None and part.head.whole
+    }
+    packs.write(repository, {name: head for name, head in alone.items() if name not in packed})
 
 
 def _follows(parts: Sequence[_Part], position: int) -> bool:

@@ -1,15 +1,16 @@
 """The objects of the index in a repository, one set per segment of the archive.
 
 `history/index/v1/<timeline>/<16 digits>/<segment>.<start LSN>` with `.blocks`, `.transactions` and `.head`,
-stored in this order: the head makes the rest count. They are derived from the WAL and may be deleted at any
-time. Names tell where the index starts: made before its predecessor was there, it lacks the record that
-crosses into the segment, and is replaced by one that starts earlier.
+stored in this order: the head makes the rest count (`packs` keeps copies of many heads together). They are
+derived from the WAL and may be deleted at any time. Names tell where the index starts: made before its
+predecessor was there, it lacks the record that crosses into the segment, and is replaced by one that starts
+earlier.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from knockwood.repository.walk import Piece
 
 ROOT: Final = "history/index/"
 FOLDER: Final = f"{ROOT}v1/"
+PACKS: Final = f"{FOLDER}heads/"
 FORMAT: Final = 1
 _PARTS: Final = ("head", "transactions", "blocks")
 
@@ -228,14 +230,21 @@ def put(repository: Repository, summary: SegmentSummary, head: Head) -> None:
 
 def object_name(segment: WalSegment, start: int) -> str:
     """The name of a segment's index objects, without part and suffix."""
-    name = segment.name
-    return f"{FOLDER}{name[:8]}/{name[:16]}/{name}.{start:016X}"
+    return f"{_folder(segment)}{segment.name}.{start:016X}"
 
 
-def heads(repository: Repository) -> dict[str, str]:
-    """The full names of the heads stored, by the name of their segment; the one that starts first."""
+def _folder(segment: WalSegment) -> str:
+    return f"{FOLDER}{segment.name[:8]}/{segment.name[:16]}/"
+
+
+def heads(repository: Repository, segments: Iterable[WalSegment] | None = None) -> dict[str, str]:
+    """The full names of the heads stored, by the name of their segment; the one that starts first.
+
+    Where only some `segments` matter, no others need be listed.
+    """
+    folders = [FOLDER] if segments is None else sorted({_folder(segment) for segment in segments})
     found: dict[str, str] = {}
-    for info in repository.storage.list(FOLDER):
+    for info in (info for folder in folders for info in repository.storage.list(folder)):
         name, _, rest = info.name.rpartition("/")[2].partition(".")
         if ".head." in rest:
             # Ordered by name, and so by start.
@@ -281,15 +290,23 @@ def read_blocks(repository: Repository, head_name: str) -> dict[str, Column]:
 
 
 def delete(repository: Repository, segment_names: set[str] | None = None) -> int:
-    """Delete the index of the segments named, or all of every format; how many objects went. Heads go first."""
+    """Delete the index of the segments named, or all of every format; how many objects went. Heads go first, packs
+    with one of theirs before."""
     doomed = [
         info.name
         for info in repository.storage.list(ROOT)
-        if segment_names is None or info.name.rpartition("/")[2].partition(".")[0] in segment_names
+        if segment_names is None or _tells_of(info.name, segment_names)
     ]
-    for name in sorted(doomed, key=lambda name: ".head." not in name):
+    for name in sorted(doomed, key=lambda name: (not name.startswith(PACKS), ".head." not in name)):
         repository.storage.delete(name)
     return len(doomed)
+
+
+def _tells_of(name: str, segment_names: set[str]) -> bool:
+    last, first, *_ = name.rpartition("/")[2].split(".")
+    if name.startswith(PACKS):
+        return any(first <= each <= last for each in segment_names)
+    return last in segment_names
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
