@@ -47,6 +47,6 @@ def test_the_story_is_true(line: CommandLine) -> None:
     assert "block 2" in found
     assert "write back the" in shown
     assert "SHARE UPDATE" in shown
-    assert "take a new full backup" in applied
+    assert "a new full backup shortens the next recovery" in applied
     assert line("recover", "--check", "page_checksums")["plan"]["steps"] == []
     line.assert_nothing_left()

@@ -37,7 +37,7 @@ def test_the_story_is_true(line: CommandLine) -> None:
     assert "restore the cluster beside this one" in shown
     assert re.search(r"--approve [0-9a-f]{16}\n", shown)
     assert "kept in the repository as recoveries/" in applied
-    assert "take a new full backup" in applied
+    assert "a new full backup shortens the next recovery" in applied
     assert applied.rstrip().endswith("recovery: held")
     line.assert_nothing_left()
 

@@ -13,6 +13,9 @@ from knockwood.operations import recover
 from knockwood.operations.check import check
 from knockwood.operations.page_repair import plan_pages
 from knockwood.operations.protect import take
+from knockwood.operations.proving import prove_cluster
+from knockwood.repository.backups.listing import list_backups
+from knockwood.repository.targets import Latest
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -32,8 +35,9 @@ def findings(site: Site) -> tuple[Finding, ...]:
     return report.findings
 
 
-def lose_changes(site: Site, table: str = "account") -> tuple[str, bytes]:
-    """An update, a deletion and an insertion are lost on their way to the disk; the true rows, and the old page."""
+def lose_changes(site: Site, table: str = "account", *, freeze: bool = False) -> tuple[str, bytes]:
+    """An update, a deletion and an insertion are lost on their way to the disk (with `freeze` also that VACUUM has
+    frozen all, so that readers of the true page have nothing to log); the true rows, and the old page."""
     account = site.path(table)
     site.sql(f"select count(*) from {table}")
     site.settle()
@@ -42,6 +46,8 @@ def lose_changes(site: Site, table: str = "account") -> tuple[str, bytes]:
         f"checkpoint; update {table} set name = 'changed' where id = 7; delete from {table} where id = 8;"
         f"insert into {table} values (201, 'inserted', 9), (202, 'another', 10)"
     )
+    if freeze:
+        site.sql(f"vacuum (freeze) {table}")
     expected = site.sql(ALL.replace("account", table))
     site.settle()
     assert site.page(account, 0) != old
@@ -89,7 +95,9 @@ def test_a_page_that_was_only_read_is_replaced_and_the_alarm_ends(new_server: Se
         site.sql("update account set owner = 5 where id between 20 and 30")
         site.settle()
         old = site.page(account, 0)
+        # Of the true page a reader has nothing to log: only the repair does.
         site.sql("update account set name = 'changed' where id = 7")
+        site.sql("vacuum (freeze) account")
         expected = site.sql(ALL)
         site.settle()
         site.damage(account, 0, old)
@@ -102,8 +110,44 @@ def test_a_page_that_was_only_read_is_replaced_and_the_alarm_ends(new_server: Se
         done = recover.execute(site.cluster, proposal.plan, approve=proposal.plan.id)
         assert done.recovery.verdict is Verdict.HELD, done.recovery.as_json()
         assert site.sql(ALL) == expected
+        # The WAL has the old page, whole, and after it the mended one: a backup from before leads there.
+        assert not done.recovery.results[0].values["new_full_backup_needed"]
+        proof = prove_cluster(site.cluster, backup=None, target=Latest())
+        assert proof.verdict is Verdict.HELD, proof.as_json()
         site.settle()
         assert findings(site) == ()
+
+
+def test_backups_that_have_the_old_page_lead_to_the_mended_one(new_server: ServerFactory) -> None:
+    """Both a full backup of the old page, and an incremental one that is taken once it is mended."""
+    server = new_server(18, wal_keep_size="500MB", summarize_wal="on")
+    with site_of(server) as site:
+        site.sql(ACCOUNT)
+        take(site.cluster, site.repository)
+        expected, _ = lose_changes(site, freeze=True)
+        take(site.cluster, site.repository)
+        proposal = recover.propose(site.cluster, names=["lost_writes"])
+        assert proposal.plan.steps[0].kind == "repair-pages", proposal.plan.refused
+        done = recover.execute(site.cluster, proposal.plan, approve=proposal.plan.id)
+        assert done.recovery.verdict is Verdict.HELD, done.recovery.as_json()
+        assert not done.recovery.results[0].values["new_full_backup_needed"]
+        assert site.sql(ALL) == expected
+        old = list_backups(site.repository)[-1]
+        younger = take(site.cluster, site.repository, incremental=True)
+        for backup in (old, younger):
+            proof = prove_cluster(site.cluster, backup=backup.id, target=Latest())
+            assert proof.verdict is Verdict.HELD, proof.as_json()
+
+
+def test_a_page_without_a_row_to_lock_asks_for_a_backup(new_server: ServerFactory) -> None:
+    server = new_server(18)
+    with site_of(server) as site:
+        toast = site.path(site.toast())
+        site.damage(toast, 2, flipped(site.page(toast, 2)))
+        recovery = site.execute(site.plan((toast, 2)))
+        assert recovery.verdict is Verdict.HELD, recovery.as_json()
+        assert recovery.results[0].values["not_in_wal"] == [2]
+        assert recovery.results[0].values["new_full_backup_needed"]
 
 
 def test_a_page_that_is_changed_after_it_was_planned_is_planned_anew(new_server: ServerFactory) -> None:

@@ -129,12 +129,15 @@ class _Pages(_OnItsOwn):
             left = "; ".join(f"block {block}: {why}" for block, why in sorted(done.unproven.items())[:5])
             verdict += f", but not {len(done.unproven)} that no backup has a proven image of ({left})"
         told = f"; standbys not checked: {', '.join(others)}" if others else ""
+        alone = sorted({*done.mended, *done.healthy} - {*done.logged})
+        if alone:
+            told += f"; take a new full backup: {len(alone)} repaired pages are in no WAL"
         outcome = Outcome.DONE if done.mended else Outcome.ALREADY_DONE
         return StepResult(
             step.kind,
             step.title,
             Outcome.REFUSED if done.unproven else outcome,
-            f"{verdict}: {done.verified}{told}; take a new full backup: a repaired page writes no WAL",
+            f"{verdict}: {done.verified}{told}",
             blocked_seconds=0.0 if done.lock == "SHARE UPDATE EXCLUSIVE" else round(done.locked_seconds, 3),
             evidence=journal.evidence_paths,
             values={
@@ -145,7 +148,8 @@ class _Pages(_OnItsOwn):
                 "lock": done.lock,
                 "locked_seconds": round(done.locked_seconds, 3),
                 "standbys_not_checked": list(others),
-                "new_full_backup_needed": True,
+                "not_in_wal": alone,
+                "new_full_backup_needed": bool(alone),
             },
         )
 

@@ -383,8 +383,10 @@ def _notes(plan: Plan, recovery: Recovery, record: str | None) -> Iterator[str]:
         yield "start the server as you always do, then look again: knockwood check"
         yield "replication slots are gone with the old cluster: standbys and receivers need theirs anew"
         yield "once all is well, remove the old cluster's folder yourself"
-    if kinds & {"repair-pages", IN_PLACE}:
-        yield "take a new full backup now: knockwood backup (a repaired page is in no WAL)"
+    if any(result.values.get("new_full_backup_needed") for result in recovery.results):
+        yield "take a new full backup now: knockwood backup (the WAL does not hold all pages as they were mended)"
+    elif IN_PLACE in kinds:
+        yield "take a new full backup now: knockwood backup"
     elif recovery.complete:
         yield "a new full backup shortens the next recovery: knockwood backup"
     for result in recovery.results:

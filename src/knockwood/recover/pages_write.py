@@ -22,6 +22,7 @@ from knockwood.recover import pages_facts as facts
 from knockwood.recover.evidence import Keep
 from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, require_proven
+from knockwood.recover.pages_logged import log_pages
 from knockwood.recover.pages_session import Patience, Session, session
 from knockwood.recover.plan.page_masks import describe, same
 from knockwood.recover.plan.page_wal import READS, WalFacts
@@ -79,7 +80,8 @@ class Repaired:
     """What came of it. `locked_seconds` is how long the table was locked; `described` tells the damage.
 
     `unproven` are blocks that stayed as they were, because no image of them is proven, with the reason;
-    `old_images` are mended ones of which the WAL keeps an image of the old page, with the record that has it.
+    `old_images` are mended ones of which the WAL keeps an image of the old page, with the record that has it;
+    `logged` are those that the WAL has as they were mended.
     """
 
     mended: list[int] = field(default_factory=list)
@@ -90,6 +92,7 @@ class Repaired:
     verified: str = "not checked"
     unproven: dict[int, str] = field(default_factory=dict)
     old_images: dict[int, Lsn] = field(default_factory=dict)
+    logged: list[int] = field(default_factory=list)
 
 
 def look(
@@ -328,6 +331,7 @@ class _Work:
         self._read_back(blocks, images)
         self.done.verified = self._verify(blocks, images)
         self.done.mended += blocks
+        self.done.logged += log_pages(self.session, self.target, {block: images[block] for block in blocks})
         if self.before is not None:
             self.done.old_images.update(dict.fromkeys(blocks, self.before))
 
