@@ -92,8 +92,8 @@ TITLES = {
     "unlogged": "one bit flipped in an unlogged table",
 }
 ROUND = 5
-BACKUP_EVERY = 1
-"""Rounds; a repair says itself that a new full backup is due, as no WAL has its pages."""
+BACKUP_EVERY = 6
+"""Rounds at most; a repair says itself where a new full backup is due at once."""
 _PLANS = 4
 IN_BUFFERS = "cannot drop it"
 """What a refusal says before PostgreSQL 17, where a zero or old page has been read: then it is right to refuse."""
@@ -257,7 +257,7 @@ def load(site: Sandbox, seed: int) -> Iterator[Callable[[], None]]:
                         f"update hot set body = repeat(md5(random()::text), 100) where id = {place}",
                         f"insert into hot values ({chance.randrange(1 << 30) + 20001}, 1, 'new')",
                         f"select count(*) from hot where n = {place % 100}",
-                        "select 1",
+                        f"select sum(n) from cold where id between {place} and {place + 50}",
                     )
                 )
                 try:
@@ -285,8 +285,8 @@ def load(site: Sandbox, seed: int) -> Iterator[Callable[[], None]]:
         end()
 
 
-def play(site: Sandbox, number: int, kinds: list[str], tally: Tally) -> None:
-    """Damage, mend under load, compare."""
+def play(site: Sandbox, number: int, kinds: list[str], tally: Tally) -> bool:
+    """Damage, mend under load, compare; whether the repair asks for a new full backup."""
     made = Round(site, random.Random(number), number)
     made.begin()
     with load(site, number) as end:
@@ -298,6 +298,8 @@ def play(site: Sandbox, number: int, kinds: list[str], tally: Tally) -> None:
         end()
     _judge(made, refused, recovery, tally)
     tally.wrong += [f"round {number}: {text}" for text in compare(site)]
+    results = recovery.results if recovery is not None else ()
+    return any(result.values.get("new_full_backup_needed") for result in results)
 
 
 def _mend(made: Round, tally: Tally) -> tuple[tuple[str, ...], Recovery | None]:
@@ -400,8 +402,8 @@ def main() -> int:
             if follower is not None:
                 follower.go_on()
             kinds = [KINDS[(number * ROUND + turn) % len(KINDS)] for turn in range(ROUND)]
-            play(site, number, kinds, tally)
-            if len(tally.seconds) % BACKUP_EVERY == 0:
+            asked = play(site, number, kinds, tally)
+            if asked or len(tally.seconds) % BACKUP_EVERY == 0:
                 take(site.cluster, site.repository)
             print(
                 f"{tally.cases} cases, {len(tally.wrong)} wrong, round {tally.seconds[-1]:.1f} s", flush=True
