@@ -245,6 +245,12 @@ def evict(sql: Callable[[str], Any], path: str, block: int) -> None:
 def load(site: Sandbox, seed: int) -> Iterator[Callable[[], None]]:
     """Four clients on `hot` (written) and `cold` (read); yields what stops them."""
     stop = threading.Event()
+    # Before PostgreSQL 17 pages that are read stay in the buffers, and a repair is refused.
+    idle = (
+        "select 1"
+        if site.server.programs.major < 17
+        else "select sum(n) from cold where id between {0} and {0} + 50"
+    )
 
     def work(number: int) -> None:
         chance = random.Random(seed * 100 + number)
@@ -257,7 +263,7 @@ def load(site: Sandbox, seed: int) -> Iterator[Callable[[], None]]:
                         f"update hot set body = repeat(md5(random()::text), 100) where id = {place}",
                         f"insert into hot values ({chance.randrange(1 << 30) + 20001}, 1, 'new')",
                         f"select count(*) from hot where n = {place % 100}",
-                        f"select sum(n) from cold where id between {place} and {place + 50}",
+                        idle.format(place),
                     )
                 )
                 try:
