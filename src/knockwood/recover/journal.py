@@ -155,6 +155,7 @@ class StepJournal:
     def __init__(self, journal: Journal, position: int) -> None:
         self._journal = journal
         self.position = position
+        self._found: dict[str, dict[str, str]] | None = None
 
     @property
     def folder(self) -> Path:
@@ -186,7 +187,7 @@ class StepJournal:
 
     def evidence_of_many(self, pieces: Mapping[str, bytes]) -> None:
         """Keep bytes durably under their names; what was kept first under one stays. Flushed side by side."""
-        there = {entry["name"] for entry in self._kept()}
+        there = self._by_name()
         files = {name: f"{self.position:03d}-{name}" for name in pieces if name not in there}
         if not files:
             return
@@ -197,6 +198,7 @@ class StepJournal:
             }
         kept = [{"name": name, "file": files[name], "sha256": job.result()[1]} for name, job in jobs.items()]
         self._journal.append("evidence", step=self.position, kept=kept)
+        there.update((entry["name"], entry) for entry in kept)
 
     def kept(self, name: str) -> Path | None:
         """Where evidence of this name lies, None if none was kept."""
@@ -217,7 +219,13 @@ class StepJournal:
         return tuple(str(place / entry["file"]) for entry in self._kept())
 
     def _entry(self, name: str) -> dict[str, str] | None:
-        return next((entry for entry in self._kept() if entry["name"] == name), None)
+        return self._by_name().get(name)
+
+    def _by_name(self) -> dict[str, dict[str, str]]:
+        """The first of each name."""
+        if self._found is None:
+            self._found = {entry["name"]: entry for entry in reversed([*self._kept()])}
+        return self._found
 
     def _kept(self) -> Iterator[dict[str, str]]:
         for event in self._journal.of_step(self.position):
