@@ -102,25 +102,10 @@ def _claim_pages(name: str, blocks: Collection[int], problems: list[str]) -> Cla
 
 
 def _claim_rows(tools: Session, target: Target, blocks: Collection[int]) -> Claim:
-    found: list[str] | None = None if target.kind not in ("r", "t", "m") else []
-    if target.kind in ("r", "t", "m"):
-        for first, last in _runs(blocks):
-            problems = tools.verify_heap(target, first, last)
-            found = None if problems is None or found is None else [*found, *problems]
+    found = tools.verify_heap(target, blocks) if target.kind in ("r", "t", "m") else None
     verdict = Verdict.NOT_CHECKED if found is None else Verdict.BROKEN if found else Verdict.HELD
     told = "amcheck cannot look at them here" if found is None else "; ".join(found[:_SHOWN])
     return Claim(f"rows on the mended pages of {target.name}", verdict, told)
-
-
-def _runs(blocks: Collection[int]) -> list[tuple[int, int]]:
-    """The blocks as ranges, both ends included."""
-    runs: list[tuple[int, int]] = []
-    for block in sorted(blocks):
-        if runs and runs[-1][1] + 1 == block:
-            runs[-1] = (runs[-1][0], block)
-        else:
-            runs.append((block, block))
-    return runs
 
 
 def _bad_on_disk(

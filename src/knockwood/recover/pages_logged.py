@@ -8,7 +8,7 @@ all of it (`full_page_writes`). The transaction that takes it is rolled back, li
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import psycopg
 
@@ -27,8 +27,7 @@ def log_pages(session: Session, target: Target, images: Mapping[int, bytes]) -> 
     if target.kind != "r" or target.persistence != "p":
         return []
     begin = facts.flush_wal(session.subject, target.database)
-    for block in sorted(images):
-        _lock_a_row(session, target, block)
+    _lock_rows(session, target, sorted(images))
     end = facts.flush_wal(session.subject, target.database)
     told = facts.wal_facts(session.subject, target, images, begin, end)
     return [
@@ -42,14 +41,22 @@ def log_pages(session: Session, target: Target, images: Mapping[int, bytes]) -> 
     ]
 
 
-def _lock_a_row(session: Session, target: Target, block: int) -> None:
-    statement = (
+def _lock_rows(session: Session, target: Target, blocks: Sequence[int]) -> None:
+    """Lock one row of each block that has one; all at once, one by one only where one cannot be read."""
+    connection = session.connection
+    try:
+        with connection.transaction(), connection.pipeline():
+            for block in blocks:
+                connection.execute(_statement(target, block))
+    except psycopg.Error:
+        if connection.closed or len(blocks) == 1:
+            return
+        for block in blocks:
+            _lock_rows(session, target, [block])
+
+
+def _statement(target: Target, block: int) -> bytes:
+    return (
         f"select 1 from only {target.name} where ctid >= '({block},0)'::tid and ctid < '({block + 1},0)'::tid"
         " limit 1 for key share skip locked"
-    )
-    try:
-        with session.connection.transaction():
-            session.connection.execute(statement.encode())
-    except psycopg.Error:
-        if session.connection.closed:
-            raise
+    ).encode()

@@ -27,6 +27,8 @@ EXTENSIONS: Final = ("pg_buffercache", "pageinspect", "amcheck")
 _SCHEMA: Final = "knockwood_repair"
 _EVICTIONS: Final = 50
 _PAUSE: Final = 0.02
+_AT_ONCE: Final = 256
+"""Pages that are asked for with one question: 2 MB."""
 _LAX: Final = ("zero_damaged_pages", "ignore_checksum_failure")
 
 
@@ -104,6 +106,22 @@ class Session:
             return None
         return bytes(row[0]) if row else None
 
+    def buffer_images(self, target: Target, blocks: Collection[int]) -> dict[int, bytes | None]:
+        """The same of many blocks: some hundred with one question, one by one only where some cannot be read."""
+        query = sql.SQL(
+            "select block, {}.get_raw_page(%s, 'main', block) from pg_catalog.unnest(%s::int8[]) as block"
+        ).format(sql.Identifier(self.schemas["pageinspect"]))
+        found: dict[int, bytes | None] = {}
+        for some in _batches(blocks):
+            try:
+                with self.connection.transaction():
+                    rows = self.connection.execute(query, [target.name, some], binary=True).fetchall()
+            except psycopg.Error:
+                found |= {block: self.buffer_image(target, block) for block in some}
+            else:
+                found |= {block: bytes(page) for block, page in rows}
+        return found
+
     def buffers(self, target: Target, blocks: Collection[int]) -> Mapping[int, InBuffers]:
         """What the buffers hold of the blocks; nothing is read in that was not there."""
         if "pg_buffercache" not in self.schemas or "pageinspect" not in self.schemas:
@@ -157,16 +175,21 @@ class Session:
 
     # --- verification -------------------------------------------------------------------------------
 
-    def verify_heap(self, target: Target, first: int, last: int) -> list[str] | None:
-        """What amcheck says of a range of blocks; None where amcheck cannot be had."""
+    def verify_heap(self, target: Target, blocks: Collection[int]) -> list[str] | None:
+        """What amcheck says of some blocks; None where amcheck cannot be had."""
         schema = self.schemas.get("amcheck")
         if schema is None:
             return None
         query = sql.SQL(
-            "select blkno, offnum, msg from {}.verify_heapam(%s::oid::regclass, false, false, 'none', %s, %s)"
+            "select blkno, offnum, msg from pg_catalog.unnest(%s::int8[]) as block,"
+            " lateral {}.verify_heapam(%s::oid::regclass, false, false, 'none', block, block)"
         ).format(sql.Identifier(schema))
         with translated():
-            rows = self.connection.execute(query, [target.oid, first, last]).fetchall()
+            rows = [
+                row
+                for some in _batches(blocks)
+                for row in self.connection.execute(query, [some, target.oid]).fetchall()
+            ]
         return [f"block {block} item {item}: {message}" for block, item, message in rows]
 
     # --- the lock -----------------------------------------------------------------------------------
@@ -230,6 +253,12 @@ def session(subject: Subject, database: str, extensions: Collection[str] = EXTEN
             except psycopg.Error:
                 pass  # the connection is lost, and with it the transaction
         connection.close()
+
+
+def _batches(blocks: Collection[int]) -> Iterator[list[int]]:
+    ordered = sorted(blocks)
+    for start in range(0, len(ordered), _AT_ONCE):
+        yield ordered[start : start + _AT_ONCE]
 
 
 def _provide(made: Session, extensions: Collection[str]) -> None:

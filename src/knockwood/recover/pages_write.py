@@ -417,8 +417,7 @@ class _Work:
     def _verify(self, blocks: list[int], images: Mapping[int, bytes]) -> str:
         """Read through the server, which must see the same; then let amcheck look."""
         if self.session.server().sees_buffers:
-            for block in blocks:
-                image = self.session.buffer_image(self.target, block)
+            for block, image in self.session.buffer_images(self.target, blocks).items():
                 right = image is not None and (
                     same(image, images[block]) or self._moved_on(image, images[block], block)
                 )
@@ -428,12 +427,9 @@ class _Work:
                         where=self.target.name,
                         hint="run the repair again",
                     )
-        problems: list[str] = []
-        for block in blocks:
-            found = self.session.verify_heap(self.target, block, block)
-            if found is None:
-                return "the server reads the pages as written; amcheck is not installed: not checked by it"
-            problems += found
+        problems = self.session.verify_heap(self.target, blocks)
+        if problems is None:
+            return "the server reads the pages as written; amcheck is not installed: not checked by it"
         if problems:
             return f"amcheck: {'; '.join(problems[:3])}"
         return "the server reads the pages as written, and amcheck finds nothing"
