@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     programs = system_programs(given.postgres)
     account = privileges.server_account()
     with work_folder(account) as work:
-        repository = _archive(programs, work, given.megabytes, given.scale)
+        repository = _archive(programs, work, given)
         text, missed = _measure(repository, given.runs)
     title = f"# History\n\nPostgreSQL {programs.major}.{programs.minor}; {describe()}. Load before: {load():.1f}.\n\n"
     OUT.mkdir(parents=True, exist_ok=True)
@@ -75,20 +75,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/history_speed.py", description=str(__doc__).splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=2000, help="of WAL to write")
     parser.add_argument("--scale", type=int, default=20, help="pgbench's; 15 MB each")
+    parser.add_argument("--segment-megabytes", type=int, default=16, help="small ones make many of them")
     parser.add_argument("--runs", type=int, default=3, help="repetitions; the best is told beside the median")
     parser.add_argument("--postgres", type=int, help="the distribution's major version")
     return parser.parse_args(arguments)
 
 
-def _archive(programs: Programs, work: Path, megabytes: int, scale: int) -> Repository:
+def _archive(programs: Programs, work: Path, given: argparse.Namespace) -> Repository:
     """The archive of a server that wrote so much WAL."""
     account = privileges.server_account()
     data = work / "data"
-    init_cluster(programs, data, account=account)
+    init_cluster(programs, data, account=account, segment_megabytes=given.segment_megabytes)
     server = LocalServer(programs, data, account=account, settings=_SETTINGS)
     server.start()
     try:
-        _pgbench(programs, server, "-i", "-q", "-s", str(scale))
+        _pgbench(programs, server, "-i", "-q", "-s", str(given.scale))
         with connect(server.dsn()) as connection:
             facts = server_facts(connection)
             while True:
@@ -98,7 +99,7 @@ def _archive(programs: Programs, work: Path, megabytes: int, scale: int) -> Repo
                 row = connection.execute("select pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
                 assert row is not None
                 say(f"{int(row[0]) >> 20} MB of WAL")
-                if row[0] > megabytes << 20:
+                if row[0] > given.megabytes << 20:
                     break
             connection.execute("select pg_switch_wal()")
     finally:

@@ -20,7 +20,7 @@ from sandbox import OUT, end_cleanly, say, system_programs, work_folder
 from speed_site import Options, site
 from tables import markdown
 
-SCALES = {"0.5": 34, "2": 137, "8": 547}
+SCALES = {"0.5": 34, "2": 137, "8": 547, "24": 1640}
 """pgbench's scale by the GB that it makes."""
 
 # Pages that are not in memory can be damaged on disk without a trace in memory.
