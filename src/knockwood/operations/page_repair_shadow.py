@@ -45,7 +45,7 @@ class ShadowImages:
         They are proven as a clone's are, by the WAL since the backup that the shadow was made from. Of what
         `lost_writes` has compared with the server's pages without a finding only that is read which the shadow may not
         have on its disk yet; of older changes the last ones that the check remembers count, too. Pages of which that
-        WAL has an old image are left out: the shadow has that image, and not what they were mended with, which is in
+        WAL has an old image are left out: the shadow has that image, and what they were mended with may be in
         no WAL.
         """
         if self._clone is not None:
