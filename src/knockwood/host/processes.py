@@ -184,6 +184,16 @@ class Found:
         self.send_signal(signal.SIGKILL)
 
 
+def children_of(pid: int) -> list[Found]:
+    """The processes that a process has started and that run now."""
+    found: list[Found] = []
+    with suppress(psutil.Error):
+        for child in psutil.Process(pid).children():
+            with suppress(HostError):
+                found.append(Found(ProcessIdentity.of(child.pid)))
+    return found
+
+
 def working_in(folder: Path) -> list[int]:
     """The processes whose current folder this is; a PostgreSQL server and its children stay in theirs.
 

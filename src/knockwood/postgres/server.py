@@ -12,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -25,6 +26,7 @@ SUPERUSER = "postgres"
 
 _STOP_SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 _SOCKET_FOLDER_BYTES = 80
+_NOTICED_SECONDS = 20
 _ENVIRONMENT = {"LC_ALL": "C", "TZ": "UTC", "PATH": os.environ.get("PATH", "/usr/bin:/bin")}
 
 
@@ -213,11 +215,15 @@ class LocalServer:
             self.socket_directory = None
 
     def kill(self) -> None:
-        """SIGKILL to the postmaster, as a crash would; its backends notice and end."""
+        """SIGKILL to the postmaster, as a crash would; its backends notice and end, before which no other can start."""
         if self._child is not None:
+            backends = processes.children_of(self._child.pid)
             self._child.kill()
             self._child.wait()
             self._child = None
+            for backend in backends:
+                with suppress(subprocess.TimeoutExpired):
+                    backend.wait(_NOTICED_SECONDS)
 
     def reload(self) -> None:
         """Make the server read its configuration files again."""
