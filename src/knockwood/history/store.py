@@ -303,10 +303,11 @@ def delete(repository: Repository, segment_names: set[str] | None = None) -> int
 
 
 def _tells_of(name: str, segment_names: set[str]) -> bool:
-    last, first, *_ = name.rpartition("/")[2].split(".")
+    segment, _, rest = name.rpartition("/")[2].partition(".")
     if name.startswith(PACKS):
-        return any(first <= each <= last for each in segment_names)
-    return last in segment_names
+        first = rest.partition(".")[0]
+        return any(first <= each <= segment for each in segment_names)
+    return segment in segment_names
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

@@ -202,11 +202,11 @@ def wal_facts(
     """
     if not blocks:
         return {}
-    programs = programs_of(subject)
 
     def read(wal: StagedWal) -> Mapping[int, Sequence[BlockRecord]]:
+        programs, size = programs_of(subject), wal.segment_bytes
         records = block_records(
-            programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes, target.node, blocks
+            programs, wal.folder, wal.timeline, wal.start, wal.end, size, target.node, blocks
         )
         if beside is not None:
             beside(wal, records)
