@@ -17,7 +17,7 @@ from knockwood.errors import HostError, WrongKeyError
 from knockwood.history import store
 from knockwood.history.follow import following
 from knockwood.history.follow_worker import Following
-from knockwood.history.index import ArchiveIndex
+from knockwood.history.index import ArchiveIndex, Asked
 from knockwood.history.transaction import Transaction
 from knockwood.host import clock
 from knockwood.host.files import Chunk
@@ -116,7 +116,11 @@ def test_an_archive_that_grows_is_indexed_piece_by_piece(new_server: ServerFacto
     # Only what is asked for is read, and says the same.
     newest = index.newest(5)
     assert newest == whole[-5:]
-    assert index.largest(3) == sorted(whole, key=lambda one: -one.wal_bytes)[:3]
+    ranked = sorted(whole, key=lambda one: (-one.wal_bytes, one.commit_lsn))
+    assert all(index.largest(limit) == ranked[:limit] for limit in (0, 1, 3, 50, len(whole), len(whole) + 1))
+    since, until = whole[len(whole) // 3].commit_lsn, whole[-len(whole) // 3].commit_lsn
+    asked = [one for one in ranked if since <= one.commit_lsn < until]
+    assert index.largest(20, Asked(since, until)) == asked[:20]
     for one in (whole[0], whole[len(whole) // 2], big):
         assert index.transaction(one.xid) == one
         assert all(index.transaction(sub) == one for sub in one.subxids)

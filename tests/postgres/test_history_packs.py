@@ -85,6 +85,15 @@ def test_a_long_index_is_opened_with_few_reads(made: Archived) -> None:
     assert list(opened(made.root)[0].transactions()) == list(first.transactions())
 
 
+def test_the_largest_are_found_without_reading_all(made: Archived) -> None:
+    opened(made.root)
+    index, reads, _ = opened(made.root)
+    del reads[:]
+    found = index.largest(3)
+    assert 1 <= len(reads) < SEGMENTS // 4
+    assert found == sorted(index.transactions(), key=lambda one: (-one.wal_bytes, one.commit_lsn))[:3]
+
+
 def test_a_damaged_pack_is_passed_over(made: Archived) -> None:
     whole = list(opened(made.root)[0].transactions())
     [pack] = packs_of(made)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from knockwood.history.carried import Carried
 from knockwood.history.effects import changes_catalogs, relations_of
-from knockwood.history.store import Head, OpenTransaction, Transactions, labels_of
+from knockwood.history.store import Head, OpenTransaction, Transactions, bytes_of, labels_of
 from knockwood.history.summary import INPLACE, KIND_BITS, TAKEN_BACK
 from knockwood.history.transaction import Transaction
 from knockwood.model.wal import Lsn, TimelineHistory
@@ -95,6 +95,11 @@ class Assembler:
             True for _ in self._carried.ending(position, head, self._touches)
         )
 
+    def most(self, position: int, head: Head) -> int:
+        """No transaction committed in a segment has more bytes of WAL."""
+        carried = self._carried
+        return head.most + sum(carried.bytes(position, xid) for xid in carried.ending(position, head))
+
     def _in_time(self, first: int, last: int) -> bool:
         return (self._after is None or last >= self._after) and (
             self._before is None or first <= self._before
@@ -168,16 +173,9 @@ class Assembler:
         self, position: int, head: Head, columns: Mapping[str, NDArray[np.int64]]
     ) -> NDArray[np.int64]:
         """The bytes of WAL of each ending, with what earlier segments hold."""
-        known = columns["xact_xid"]
-        sums = np.zeros(len(columns["end_xid"]), np.int64)
-        if len(known):
-            xids = np.concatenate((columns["end_xid"], columns["sub_xid"]))
-            rows = np.concatenate((np.arange(len(sums)), columns["sub_row"]))
-            place = np.minimum(np.searchsorted(known, xids), len(known) - 1)
-            np.add.at(sums, rows, np.where(known[place] == xids, columns["xact_bytes"][place], 0))
+        sums = bytes_of(columns)
         for xid in self._carried.ending(position, head):
-            parts = self._carried.of(position, xid)
-            sums[_rows_of(columns, np.array([xid]))] += sum(part.bytes for _, part in parts)
+            sums[_rows_of(columns, np.array([xid]))] += self._carried.bytes(position, xid)
         return sums
 
     def _made(self, segment: _Segment, row: int, position: int) -> Transaction:

@@ -54,6 +54,10 @@ class Carried:
         parts = self._parts.get(_near(xid, self._newest[position]), ())
         return [part for at, part in parts if at < position]
 
+    def bytes(self, position: int, xid: int) -> int:
+        """How much WAL those parts are."""
+        return sum(part.bytes for _, part in self.of(position, xid))
+
     def ending(
         self, position: int, head: Head, wanted: Callable[[OpenTransaction], bool] | None = None
     ) -> Iterator[int]:

@@ -191,12 +191,17 @@ class ArchiveIndex:
 
     def largest(self, limit: int, asked: Asked = _ALL) -> list[Transaction]:
         """Those with the most bytes of WAL, the largest first."""
+        assembler = self._assembler(asked)
+        heads = [_head(part) for part in self._known]
+        ranked = sorted((-assembler.most(at, head), head.start, at) for at, head in enumerate(heads))
         found: list[Transaction] = []
-        for one in self._stream(self._assembler(asked), largest=limit):
-            found.append(one)
-            if len(found) > 4 * limit:
-                found = _largest(found, limit)
-        return _largest(found, limit)
+        for most, start, at in ranked:
+            # From here on none is larger, or as large and earlier, than the last one found.
+            if found and len(found) == limit and (most, start) > _rank(found[-1]):
+                break
+            found += self._stream(assembler, at, at + 1, largest=limit)
+            found = sorted(found, key=_rank)[:limit]
+        return found
 
     def _assembler(self, asked: Asked) -> Assembler:
         if self._carried is None:
@@ -278,8 +283,9 @@ def _head(part: _Part) -> Head:
     return part.head
 
 
-def _largest(found: Sequence[Transaction], limit: int) -> list[Transaction]:
-    return sorted(found, key=lambda one: (-one.wal_bytes, one.commit_lsn))[:limit]
+def _rank(one: Transaction) -> tuple[int, int]:
+    """The largest first, then the earliest."""
+    return -one.wal_bytes, one.commit_lsn.value
 
 
 def _load(repository: Repository, parts: Sequence[_Part], sizes: Mapping[str, int]) -> frozenset[str]:

@@ -47,7 +47,8 @@ class OpenTransaction:
 @dataclass(frozen=True, slots=True)
 class Head:
     """The short part of a segment's index. LSNs are absolute; `whole` tells that nothing at its beginning
-    was left out. `xids` and `times` are the least and greatest of its commits, None without any.
+    was left out. `xids` and `times` are the least and greatest of its commits, None without any; `most` is the most
+    bytes of WAL that one transaction which is committed in it has in it.
     """
 
     segment: WalSegment
@@ -64,6 +65,7 @@ class Head:
     changed: frozenset[File]
     opened: tuple[OpenTransaction, ...]
     messages: tuple[dict[str, Any], ...]
+    most: int
     highest_xid: int | None = None
     next_xid: int | None = None
 
@@ -91,6 +93,7 @@ class Head:
                 for one in self.opened
             ],
             "messages": self.messages,
+            "most": self.most,
             "highest_xid": self.highest_xid,
             "next_xid": self.next_xid,
         }
@@ -116,6 +119,7 @@ class Head:
                 changed=frozenset(_file(one) for one in value["changed"]),
                 opened=tuple(_opened(one) for one in value["open"]),
                 messages=tuple(value["messages"]),
+                most=int(value["most"]),
                 highest_xid=value["highest_xid"],
                 next_xid=value["next_xid"],
             )
@@ -163,9 +167,22 @@ def make_head(summary: SegmentSummary, piece: Piece, source_bytes: int) -> Head:
         ),
         opened=tuple(_open_ones(summary)),
         messages=summary.messages,
+        most=int(bytes_of(columns)[commits].max(initial=0)),
         highest_xid=int(known.max()) if len(known) else None,
         next_xid=summary.next_xid,
     )
+
+
+def bytes_of(columns: Mapping[str, Column]) -> Column:
+    """The bytes of WAL that a segment has of each transaction that ends in it, its subtransactions included."""
+    known = columns["xact_xid"]
+    sums = np.zeros(len(columns["end_xid"]), np.int64)
+    if len(known):
+        xids = np.concatenate((columns["end_xid"], columns["sub_xid"]))
+        rows = np.concatenate((np.arange(len(sums)), columns["sub_row"]))
+        place = np.minimum(np.searchsorted(known, xids), len(known) - 1)
+        np.add.at(sums, rows, np.where(known[place] == xids, columns["xact_bytes"][place], 0))
+    return sums
 
 
 def _open_ones(summary: SegmentSummary) -> Iterator[OpenTransaction]:

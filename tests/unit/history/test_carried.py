@@ -40,6 +40,7 @@ def head(
         changed=frozenset(),
         opened=tuple(opened),
         messages=(),
+        most=0,
         highest_xid=highest,
         next_xid=next_xid,
     )
