@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fix_repair import Site, flipped, site_of
-from knockwood.model import Finding, Verdict
+from knockwood.model import Finding, Lsn, Verdict
 from knockwood.model.recovery import Outcome
-from knockwood.operations import recover
+from knockwood.operations import recover, recoveries
 from knockwood.operations.check import check
+from knockwood.operations.freshness import bring_up_to_date
 from knockwood.operations.page_repair import plan_pages
 from knockwood.operations.protect import take
 from knockwood.operations.proving import prove_cluster
+from knockwood.operations.restore import restore
+from knockwood.operations.restore_table import restore_table
+from knockwood.recover.table_definition import TableName
 from knockwood.repository.backups.listing import list_backups
-from knockwood.repository.targets import Latest
+from knockwood.repository.targets import Latest, RestorePlan, ToLsn, resolve
 
 if TYPE_CHECKING:
     from fix_server import ServerFactory
@@ -77,6 +81,11 @@ def test_rows_are_brought_over_and_the_alarm_ends(
         assert done.recovery.verdict is Verdict.HELD, done.recovery.as_json()
         assert {claim.name for claim in done.recovery.claims} >= {"check lost_writes"}
         assert site.sql(ALL) == f"{expected},(301,since,11),(302,since,11)"
+        # The old page is in the younger backup and in the WAL; so are the rows that were brought over.
+        assert not done.recovery.results[0].values["new_full_backup_needed"]
+        for backup in list_backups(site.repository):
+            proof = prove_cluster(site.cluster, backup=backup.id, target=Latest())
+            assert proof.verdict is Verdict.HELD, proof.as_json()
         site.sql("update account set owner = 12 where id = 301; checkpoint")
         assert findings(site) == ()
         # Asked again with the same finding there is nothing left to do.
@@ -126,6 +135,7 @@ def test_backups_that_have_the_old_page_lead_to_the_mended_one(new_server: Serve
         take(site.cluster, site.repository)
         expected, _ = lose_changes(site, freeze=True)
         take(site.cluster, site.repository)
+        before = ToLsn(Lsn.parse(site.sql("select pg_current_wal_lsn()")))
         proposal = recover.propose(site.cluster, names=["lost_writes"])
         assert proposal.plan.steps[0].kind == "repair-pages", proposal.plan.refused
         done = recover.execute(site.cluster, proposal.plan, approve=proposal.plan.id)
@@ -137,6 +147,20 @@ def test_backups_that_have_the_old_page_lead_to_the_mended_one(new_server: Serve
         for backup in (old, younger):
             proof = prove_cluster(site.cluster, backup=backup.id, target=Latest())
             assert proof.verdict is Verdict.HELD, proof.as_json()
+        # Between the damage and the repair the page is the old one: who goes back there is told.
+        there = restore(site.repository, before, site.folder / "there")
+        assert "mended pages of postgres.public.account only later" in " ".join(there.warnings)
+        after = resolve(site.repository, Latest())
+        assert recoveries.aware(site.repository, after).warnings == after.warnings
+        other = TableName("postgres", "public", "other")
+        elsewhere = restore_table(site.repository, before, other, file=site.folder / "other.sql")
+        assert elsewhere.plan.warnings == ()
+
+
+def latest(site: Site, table: TableName) -> RestorePlan:
+    site.sql("select pg_switch_wal()")
+    bring_up_to_date(site.cluster, site.repository)
+    return recoveries.aware(site.repository, resolve(site.repository, Latest()), table)
 
 
 def test_a_page_without_a_row_to_lock_asks_for_a_backup(new_server: ServerFactory) -> None:
@@ -144,10 +168,20 @@ def test_a_page_without_a_row_to_lock_asks_for_a_backup(new_server: ServerFactor
     with site_of(server) as site:
         toast = site.path(site.toast())
         site.damage(toast, 2, flipped(site.page(toast, 2)))
-        recovery = site.execute(site.plan((toast, 2)))
+        plan = site.plan((toast, 2))
+        recovery = site.execute(plan)
         assert recovery.verdict is Verdict.HELD, recovery.as_json()
         assert recovery.results[0].values["not_in_wal"] == [2]
         assert recovery.results[0].values["new_full_backup_needed"]
+        recoveries.keep(site.repository, "one", plan, recovery)
+        table = TableName("postgres", "public", "orders")
+        [told] = latest(site, table).warnings
+        assert "recovery one mended pages of postgres.pg_toast.pg_toast_" in told
+        assert "the WAL does not hold them: here they may be as they were before (blocks 2)" in told
+        take(site.cluster, site.repository)
+        assert latest(site, table).warnings == ()
+        site.repository.put(f"{recoveries.FOLDER}two.json", [b"[]"])
+        assert "recovery two cannot be read" in latest(site, table).warnings[0]
 
 
 def test_a_page_that_is_changed_after_it_was_planned_is_planned_anew(new_server: ServerFactory) -> None:

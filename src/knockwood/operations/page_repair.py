@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -65,6 +65,19 @@ class PageRepairs(GoodImages):
     @property
     def handlers(self) -> tuple[Handler, ...]:
         return (_Pages(self), _Maps(self), _Rows(self), _Reindex(self))
+
+    def good_pages(
+        self, words: Mapping[str, Any], blocks: Sequence[int], not_in_wal: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """What restores have to know later (`recoveries.aware`) of the pages of a step, good from now on."""
+        return {
+            "database": words["database"],
+            "relation": words["relation"],
+            "blocks": list(blocks),
+            "good_from": str(facts.flush_wal(self.subject, words["database"])),
+            "not_in_wal": list(not_in_wal),
+            "new_full_backup_needed": bool(not_in_wal),
+        }
 
     def say_mended(self, words: Mapping[str, Any], images: Mapping[int, Lsn]) -> None:
         """Say in the WAL that blocks of a step's table have what these images of old pages lack."""
@@ -148,8 +161,7 @@ class _Pages(_OnItsOwn):
                 "lock": done.lock,
                 "locked_seconds": round(done.locked_seconds, 3),
                 "standbys_not_checked": list(others),
-                "not_in_wal": alone,
-                "new_full_backup_needed": bool(alone),
+                **self.context.good_pages(words, sorted({*done.mended, *done.healthy}), alone),
             },
         )
 
@@ -240,7 +252,7 @@ class _Rows(_OnItsOwn):
             or "no row lacks a lost change any more",
             blocked_seconds=round(done.locked_seconds, 3),
             evidence=journal.evidence_paths,
-            values={"xid": done.xid, **counts, "new_full_backup_needed": True},
+            values={"xid": done.xid, **counts, **context.good_pages(words, words["blocks"])},
         )
 
     def _read(

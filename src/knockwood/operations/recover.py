@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from knockwood.clone.registry import Registry
-from knockwood.errors import KnockwoodError, ObjectExistsError, RefusedError
+from knockwood.errors import KnockwoodError, RefusedError
 from knockwood.integrity.check import Budget, NotChecked, Subject, Weight
 from knockwood.integrity.registry import select
 from knockwood.integrity.run import CheckProgress, Report
 from knockwood.model import Claim, Finding, Verdict, worst
 from knockwood.model.recovery import Alternative, Outcome, Plan, Recovery
+from knockwood.operations import recoveries
 from knockwood.operations.beside import beside
 from knockwood.operations.check import check
 from knockwood.operations.cluster import Cluster
@@ -30,10 +30,8 @@ from knockwood.recover.plan.offer import Offer
 from knockwood.recover.plan.table import KIND as RESTORE_TABLE
 from knockwood.repository.repository import Repository
 
-FOLDER: Final = "recoveries/"
 IN_PLACE: Final = "restore-in-place"
 _PAGE_STEPS: Final = frozenset({"repair-pages", "rebuild-maps", "replace-rows", "reindex"})
-_FORMAT: Final = 1
 _PLANS_ANEW: Final = 2
 """How often a plan that the server outran is made anew, before somebody has to look."""
 
@@ -317,19 +315,8 @@ class _Run:
         return tuple(claims)
 
     def keep(self, name: str, recovery: Recovery) -> None:
-        """Store the outcome in the repository, beside the proofs; a second time with the same name is fine."""
-        content: Mapping[str, Any] = {
-            "format": _FORMAT,
-            "id": name,
-            "plan": self.plan.as_json(),
-            "recovery": recovery.as_json(),
-        }
-        text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
-        try:
-            # Findings hold keys and rows: they are encrypted where backups are.
-            self.repository.put(f"{FOLDER}{name}.json", [text.encode()])
-        except ObjectExistsError:
-            pass  # a run that was killed had stored it
+        """Store the outcome in the repository."""
+        recoveries.keep(self.repository, name, self.plan, recovery)
         self.record = name
 
     def executed(self, recovery: Recovery) -> Executed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg
@@ -19,6 +19,7 @@ from knockwood.model.recovery import ExpectedLoss
 from knockwood.operations.beside import GoOn
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.freshness import reaching
+from knockwood.operations.recoveries import aware
 from knockwood.postgres.connection import Connection, translated
 from knockwood.postgres.pages import PAGE_BYTES
 from knockwood.recover.plan.situation import Rates, Reach, RelationFact, Situation, WholeRestore
@@ -161,6 +162,9 @@ def whole_restore(
         plan = lead() if latest else reaching(cluster, repository, wish.target, lead)
     except KnockwoodError as error:
         return WholeRestore(**words, expected_loss=loss, refused=str(error))
+    if wish.in_place:
+        told = aware(repository, plan).warnings
+        loss = replace(loss, detail="; ".join([loss.detail, *told]))
     return WholeRestore(
         **words,
         backup=plan.backup.id,

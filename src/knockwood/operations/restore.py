@@ -20,6 +20,7 @@ from knockwood.host import clock, files, privileges
 from knockwood.host.privileges import Account
 from knockwood.model import Commit, Lsn, Timeline
 from knockwood.operations import half_done
+from knockwood.operations.recoveries import aware
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import connect, translated
 from knockwood.repository.archive import WalArchive
@@ -102,6 +103,7 @@ def restore(
             keep=kept,
         )
         place = _claim_tablespaces(into, tablespaces, plan)
+        plan = aware(repository, plan)
         require_room(into, plan, there=len(kept.sources) * repository.header.segment_bytes)
         workspace = Workspace(work / "cluster", account)
         workspace.create()

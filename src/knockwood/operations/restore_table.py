@@ -14,6 +14,7 @@ from knockwood.errors import ObjectDamagedError, RefusedError
 from knockwood.host import clock, files, processes
 from knockwood.model import Lsn
 from knockwood.operations.beside import beside
+from knockwood.operations.recoveries import aware
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, connect, translated, with_words
 from knockwood.postgres.copying import copy_rows
@@ -86,6 +87,7 @@ def restore_table(
     plan = resolve(
         repository, target, backup=backup, accept_loss=accept_loss, unread=apply, programs_for=programs_for
     )
+    plan = aware(repository, plan, table)
     name = _copy_name(table.table)
     place = str(file) if file else f"{SCHEMA}.{name}"
     outcome = TableOutcome(table, place, False, _steps(plan, table, name, file), plan)

@@ -16,6 +16,7 @@ from knockwood.model.finding import Verdict
 from knockwood.model.proof import Claim
 from knockwood.model.recovery import Plan, Recovery, Step
 from knockwood.model.wal import Lsn
+from knockwood.operations.recoveries import aware
 from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import connect, with_words
 from knockwood.recover.execute import execute
@@ -78,6 +79,7 @@ def restore_in_place(
     plan = resolve(
         repository, target, backup=backup, accept_loss=accept_loss, unread=True, programs_for=programs_for
     )
+    plan = aware(repository, plan, table)
     spawned = _spawn(repository, plan, table, programs_for, progress, registry or Registry(state))
     with spawned as clone:
         found = _examine(clone, cluster, plan, table, live_dsn, mode)

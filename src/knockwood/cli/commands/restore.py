@@ -132,6 +132,7 @@ def _table(
             warm=lambda plan: clone_to_read(cluster, repository, plan),
             **choice,
         )
+    notes += brought.plan.warnings
     return Answer(_table_values(brought, notes), lambda console: _show_table(console, brought, notes))
 
 
@@ -204,6 +205,7 @@ def _show_table(console: Console, outcome: TableOutcome, notes: tuple[str, ...])
         for number, step in enumerate(outcome.steps, 1):
             console.print(f"  {number}. {escape(step)}", soft_wrap=True)
         _show_missing(console, outcome.plan.missing)
+        _show_notes(console, notes)
         console.print("carry it out with --apply")
         return
     where = escape(outcome.destination)

@@ -61,6 +61,7 @@ def in_place(
             programs_for=cluster.programs,
             **options,
         )
+    notes += found.restore.warnings
     recovery = found.recovery
     stopped = recovery is not None and any(result.outcome == "refused" for result in recovery.results)
     return Answer(
