@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from knockwood.clone import goal as goals
 from knockwood.clone import log as logs
 from knockwood.clone.goal import Goal
 from knockwood.clone.superuser import superusers
 from knockwood.clone.workspace import Workspace
 from knockwood.errors import AuthenticationError, PostgresError, RecoveryFailedError, ServerDownError
-from knockwood.host import clock, files, privileges
+from knockwood.host import clock, files, others, privileges
 from knockwood.model.wal import Lsn
 from knockwood.postgres.connection import Connection, connect, translated
 from knockwood.postgres.server import SUPERUSER, LocalServer
@@ -185,11 +183,8 @@ class Recovery:
 
     def _replaying(self) -> str:
         """The segment that the startup process says it replays, or nothing."""
-        try:
-            children = psutil.Process(self.server.pid).children() if self.server.pid else []
-            titles = [" ".join(child.cmdline()) for child in children]
-        except psutil.Error:
-            return ""
+        children = others.children_of(self.server.pid) if self.server.pid else []
+        titles = [child.title for child in children]
         return next((match[1] for match in map(_RECOVERING.search, titles) if match), "")
 
     # --- what it says -----------------------------------------------------------------------------

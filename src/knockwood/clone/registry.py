@@ -19,10 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
-
 from knockwood.errors import HostError, LockHeldError
-from knockwood.host import clock, files, privileges
+from knockwood.host import clock, files, others, privileges
 from knockwood.host.locks import file_lock
 from knockwood.host.processes import ProcessIdentity
 from knockwood.host.state import state_folder
@@ -30,6 +28,7 @@ from knockwood.host.state import state_folder
 _MARK = "knockwood-clone.json"
 _SWEEP = "sweep.lock"
 _STOP_SECONDS = 10.0
+_SERVER_NAMES = frozenset({"postgres", "postmaster"})
 _WRITING_SECONDS = 60.0
 
 
@@ -251,36 +250,17 @@ def stop_server(data_directory: Path) -> None:
 
     A process counts only if its current folder is `data_directory`, wherever its pid comes from.
     """
-    found = _servers_in(data_directory)
+    found = others.working_in(data_directory, _SERVER_NAMES)
     try:
         pid = int((data_directory / "postmaster.pid").read_text().split("\n", 1)[0])
     except (OSError, ValueError):
         pid = -1
-    _signal([process for process in found if process.pid == pid], signal.SIGQUIT)
-    _, alive = psutil.wait_procs(found, timeout=_STOP_SECONDS / 2)
-    _signal(alive, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=_STOP_SECONDS / 2)
-    if left := _servers_in(data_directory):
+    for process in found:
+        if process.pid == pid:
+            process.send_signal(signal.SIGQUIT)
+    alive = others.wait_for(found, _STOP_SECONDS / 2)
+    for process in alive:
+        process.kill()
+    others.wait_for(alive, _STOP_SECONDS / 2)
+    if left := others.working_in(data_directory, _SERVER_NAMES):
         raise HostError(f"a server cannot be stopped (pid {left[0].pid})", where=str(data_directory))
-
-
-def _servers_in(folder: Path) -> list[psutil.Process]:
-    found = []
-    wanted = str(folder.resolve())
-    for process in psutil.process_iter():
-        try:
-            name = process.name()
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            if alive and name in ("postgres", "postmaster") and process.cwd() == wanted:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def _signal(targets: list[psutil.Process], number: int) -> None:
-    for process in targets:
-        try:
-            process.send_signal(number)
-        except psutil.Error:
-            continue

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 from knockwood.clone import goal as goals
 from knockwood.clone.follow import redo_position
 from knockwood.clone.recovery import Recovery
 from knockwood.clone.shadow_state import Serving, ShadowRecord, boot_id
 from knockwood.clone.spawn import Clone, control_data
 from knockwood.errors import HostError, KnockwoodError
+from knockwood.host import others
 from knockwood.host.processes import ProcessIdentity
 from knockwood.model import Lsn, WalSegment
 from knockwood.postgres.connection import Connection, translated
@@ -120,15 +119,8 @@ def adopt(recovery: Recovery, record: ShadowRecord, system_identifier: int, keep
 
 def _is_the_one(told: Serving, data_directory: Path) -> bool:
     """Whether that very process works in this folder, and the one it ends with still lives."""
-    try:
-        process = psutil.Process(told.pid)
-        return (
-            ProcessIdentity(told.pid, told.started).alive()
-            and process.ppid() == told.parent
-            and process.cwd() == str(data_directory.resolve())
-        )
-    except (psutil.Error, OSError):
-        return False
+    one = others.Found(ProcessIdentity(told.pid, told.started))
+    return one.poll() is None and one.parent == told.parent and one.works_in(data_directory)
 
 
 def _stands(connection: Connection, told: Serving, system_identifier: int, reached: Lsn) -> bool:
@@ -141,7 +133,7 @@ def _stands(connection: Connection, told: Serving, system_identifier: int, reach
             and system % (1 << 64) == system_identifier
             and position is not None
             and Lsn.parse(position) == reached
-            and psutil.Process(backend).ppid() == told.pid
+            and backend in {child.pid for child in others.children_of(told.pid)}
         )
         if right:
             connection.execute(_END_OTHERS)

@@ -1,9 +1,11 @@
-"""How the process's memory allocator deals with large buffers."""
+"""How much memory there is, and how the process's allocator deals with large buffers."""
 
 from __future__ import annotations
 
 import ctypes
 from typing import Final
+
+import psutil
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -26,3 +28,8 @@ def keep_large_buffers() -> None:
     # Few arenas: each keeps what was freed in it.
     for name, value in ((_M_MMAP_THRESHOLD, _LARGE), (_M_TRIM_THRESHOLD, _KEPT), (_M_ARENA_MAX, _ARENAS)):
         mallopt(name, value)
+
+
+def available() -> int:
+    """Bytes of memory that programs can be given without swapping."""
+    return int(psutil.virtual_memory().available)

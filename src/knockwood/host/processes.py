@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -15,11 +14,9 @@ from typing import IO, Any
 import psutil
 
 from knockwood.errors import HostError, ProgramFailedError
-from knockwood.host import clock
 from knockwood.host.privileges import Account
 
 _PR_SET_PDEATHSIG = 1
-_POLL_SECONDS = 0.01
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -152,62 +149,6 @@ class ProcessIdentity:
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
-
-
-class Found:
-    """A process that another one started, handled like a child of ours; whoever started it reaps it.
-
-    Its exit status is not ours to know: an end is told as 0.
-    """
-
-    def __init__(self, identity: ProcessIdentity) -> None:
-        self.identity = identity
-        self.pid = identity.pid
-
-    def poll(self) -> int | None:
-        return None if self.identity.alive() else 0
-
-    def wait(self, timeout: float | None = None) -> int:
-        deadline = None if timeout is None else clock.monotonic() + timeout
-        while self.identity.alive():
-            if deadline is not None and clock.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(f"pid {self.pid}", timeout or 0)
-            clock.sleep(_POLL_SECONDS)
-        return 0
-
-    def send_signal(self, number: int) -> None:
-        if self.identity.alive():
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-def children_of(pid: int) -> list[Found]:
-    """The processes that a process has started and that run now."""
-    found: list[Found] = []
-    with suppress(psutil.Error):
-        for child in psutil.Process(pid).children():
-            with suppress(HostError):
-                found.append(Found(ProcessIdentity.of(child.pid)))
-    return found
-
-
-def working_in(folder: Path) -> list[int]:
-    """The processes whose current folder this is; a PostgreSQL server and its children stay in theirs.
-
-    Those of other accounts are seen by root only.
-    """
-    wanted = str(folder.resolve())
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.cwd() == wanted and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return sorted(found)
 
 
 def _started(pid: int) -> float:

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
 from knockwood.clone import goal as goals
 from knockwood.clone.goal import Goal
 from knockwood.clone.spawn import Clone, Timings, control_data, fetch, make, require_room
 from knockwood.clone.workspace import Workspace
 from knockwood.errors import RecoveryFailedError
-from knockwood.host import clock, files, privileges
+from knockwood.host import clock, files, memory, privileges
 from knockwood.host.privileges import Account
 from knockwood.model import Commit, Lsn, Timeline
 from knockwood.operations import half_done
@@ -185,7 +183,7 @@ def _bring_up(
 
 def _buffer_megabytes() -> int:
     # With few buffers replay writes and reads the same pages again and again.
-    return max(64, min(512, psutil.virtual_memory().available // 8 >> 20))
+    return max(64, min(512, memory.available() // 8 >> 20))
 
 
 def _reserve_timelines(clone: Clone) -> None:

@@ -12,13 +12,12 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 from knockwood.errors import HostError, PostgresError, RecoveryFailedError
-from knockwood.host import clock, files, privileges, processes
+from knockwood.host import clock, files, others, privileges, processes
 from knockwood.host.privileges import Account
 from knockwood.postgres.binaries import Programs, runnable_by
 
@@ -80,7 +79,7 @@ class LocalServer:
         self.log_path = log_path or data_directory.parent / f"{data_directory.name}.log"
         self.port = port
         self.socket_directory: Path | None = None
-        self._child: subprocess.Popen[bytes] | processes.Found | None = None
+        self._child: subprocess.Popen[bytes] | others.Found | None = None
 
     @property
     def pid(self) -> int | None:
@@ -98,7 +97,7 @@ class LocalServer:
 
     def adopt(self, postmaster: processes.ProcessIdentity, socket_directory: Path) -> None:
         """Take a server that another process started on this folder for this one; it ends with that process."""
-        self._child = processes.Found(postmaster)
+        self._child = others.Found(postmaster)
         self.socket_directory = socket_directory
 
     def dsn(self, database: str = "postgres", user: str = SUPERUSER, **extra: str) -> str:
@@ -217,13 +216,11 @@ class LocalServer:
     def kill(self) -> None:
         """SIGKILL to the postmaster, as a crash would; its backends notice and end, before which no other can start."""
         if self._child is not None:
-            backends = processes.children_of(self._child.pid)
+            backends = others.children_of(self._child.pid)
             self._child.kill()
             self._child.wait()
             self._child = None
-            for backend in backends:
-                with suppress(subprocess.TimeoutExpired):
-                    backend.wait(_NOTICED_SECONDS)
+            others.wait_for(backends, _NOTICED_SECONDS)
 
     def reload(self) -> None:
         """Make the server read its configuration files again."""

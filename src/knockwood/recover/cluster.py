@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from knockwood.errors import HostError, RefusedError
-from knockwood.host import clock, files, privileges, processes
+from knockwood.host import clock, files, others, privileges, processes
 from knockwood.model.recovery import Outcome, Step, StepResult
 from knockwood.postgres.control_file import CONTROL_FILE
 from knockwood.recover.cluster_swap import (
@@ -103,7 +103,7 @@ class RestoreInPlace:
         return Identity.of(places.data) == old and _state(places.data) != restored["of"]
 
     def _stop(self, data: Path) -> None:
-        if processes.working_in(data):
+        if others.working_in(data):
             account = privileges.server_account(data)
             command: list[str | Path] = [self.pg_ctl(), "-D", data, "-m", "fast", "-w"]
             command += ["-t", str(_STOP_SECONDS), "stop"]
@@ -115,12 +115,12 @@ class RestoreInPlace:
         if Identity.of(places.data) == old:
             _require_stopped(places.data)
         swap(places, old)
-        started = processes.working_in(places.old)
+        started = others.working_in(places.old)
         if started:
             swap_back(places, old)
             places.rolled_back.rename(places.new)
             raise HostError(
-                f"the server was started while its place was taken (process {started[0]})",
+                f"the server was started while its place was taken (process {started[0].pid})",
                 where=str(places.data),
                 hint="keep it stopped (systemctl stop, patronictl pause), then knockwood recover --resume",
             )
@@ -151,10 +151,10 @@ def _state(data: Path) -> str:
 
 
 def _require_stopped(data: Path) -> None:
-    running = processes.working_in(data)
+    running = others.working_in(data)
     if running:
         raise HostError(
-            f"the server still runs (process {running[0]})",
+            f"the server still runs (process {running[0].pid})",
             where=str(data),
             hint="stop it as you started it (systemctl stop, patronictl pause), then knockwood recover --resume",
         )

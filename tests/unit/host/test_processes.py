@@ -64,21 +64,3 @@ def test_children_die_when_their_parent_is_killed() -> None:
             break
         time.sleep(0.01)
     assert not child.alive()
-
-
-def test_a_process_that_was_found_is_handled_like_a_child() -> None:
-    with subprocess.Popen(["sleep", "60"]) as child:
-        found = processes.Found(ProcessIdentity.of(child.pid))
-        assert found.poll() is None
-        with pytest.raises(subprocess.TimeoutExpired):
-            found.wait(0.05)
-        # Another one of the same pid is left alone.
-        other = processes.Found(ProcessIdentity(child.pid, found.identity.started - 5))
-        other.kill()
-        assert other.wait() == 0
-        assert child.poll() is None
-        found.send_signal(signal.SIGTERM)
-        assert found.wait(10) == 0
-        assert found.poll() == 0
-        found.kill()
-        assert child.wait() == -signal.SIGTERM
