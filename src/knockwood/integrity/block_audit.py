@@ -32,7 +32,7 @@ from knockwood.integrity.relation_files import DataFiles, RelationFile, listing
 from knockwood.integrity.staged_wal import StagedWal, with_wal
 from knockwood.model import Lsn
 from knockwood.postgres import walrefs
-from knockwood.postgres.binaries import Programs, find_programs
+from knockwood.postgres.binaries import Programs
 from knockwood.postgres.connection import Connection, translated
 from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES, bad_pages
 from knockwood.postgres.walimages import PageImage, WalImages, first_images
@@ -94,7 +94,7 @@ class BlockAudit:
         self.wal = wal
         self._changes = changes
         """What other WAL says; this one's is added."""
-        self.programs: Programs = subject.programs or find_programs(subject.facts.major)
+        self.programs: Programs = subject.server_programs
         self.files = _by_fork(listing(data))
         self.unknown: list[str] = []
         """What could not be told, after `deviations`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from knockwood.model import Finding, Severity, Verdict
-from knockwood.postgres.binaries import Programs
+from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, ServerFacts, connect, translated, with_words
 from knockwood.repository.repository import Repository
 
@@ -76,6 +76,11 @@ class Subject:
     budget: Budget = field(default_factory=Budget)
     state: Path | None = None
     schedule: Schedule = field(default_factory=Schedule)
+
+    @property
+    def server_programs(self) -> Programs:
+        """PostgreSQL's programs of the server's version: those named, or found. Raises ProgramsMissingError."""
+        return self.programs or find_programs(self.facts.major)
 
     def connect(self, database: str | None = None) -> Connection:
         """A connection under the budget's timeouts, with a fixed search_path; close it yourself."""

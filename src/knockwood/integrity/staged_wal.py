@@ -14,7 +14,6 @@ from knockwood.errors import HostError, KnockwoodError, ProgramFailedError
 from knockwood.host import files
 from knockwood.integrity.check import Subject
 from knockwood.model import Lsn, Timeline, WalSegment
-from knockwood.postgres.binaries import find_programs
 from knockwood.postgres.waldump import first_record
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.inventory import ArchiveInventory, Partial
@@ -111,7 +110,7 @@ def in_windows(
     what `read` raises.
     """
     size = subject.facts.segment_bytes
-    programs = subject.programs or find_programs(subject.facts.major)
+    programs = subject.server_programs
     start = end = since
     while end < until:
         end = min(Lsn((end.value + max(window_bytes, size)) // size * size), until)

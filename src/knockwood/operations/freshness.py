@@ -14,6 +14,7 @@ from knockwood.model import Lsn, WalRange, WalSegment
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.protect import wal_arriving
 from knockwood.postgres.connection import connect, translated
+from knockwood.postgres.walmessages import commit_nothing
 from knockwood.repository import receive_server
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.repository import Repository
@@ -122,10 +123,8 @@ def reaching(
 
 def _commit_later(cluster: Cluster, moment: datetime) -> None:
     """Commit something that changes nothing, where the server lets us and its clock is past the moment."""
-    with contextlib.suppress(PostgresError), connect(cluster.dsn) as connection, translated():
-        connection.execute("set synchronous_commit = local")
-        connection.execute(
-            "select pg_catalog.pg_logical_emit_message(true, 'knockwood', 'later')"
-            " where pg_catalog.clock_timestamp() > %s and not pg_catalog.pg_is_in_recovery()",
-            [moment],
-        )
+    with contextlib.suppress(PostgresError), connect(cluster.dsn) as connection:
+        with translated():
+            past = connection.execute("select pg_catalog.clock_timestamp() > %s", [moment]).fetchone()
+        if past is not None and past[0]:
+            commit_nothing(connection, "later")

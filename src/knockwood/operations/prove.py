@@ -37,7 +37,8 @@ from knockwood.operations.lag import POLL, ArchiveWatch, commits_of
 from knockwood.operations.proof_claims import backup_health, some, verified
 from knockwood.operations.proof_pages import COMPARED, store
 from knockwood.postgres.binaries import Programs, find_programs
-from knockwood.postgres.connection import ServerFacts, connect, server_facts, translated
+from knockwood.postgres.connection import ServerFacts, connect, server_facts
+from knockwood.postgres.walmessages import commit_nothing
 from knockwood.repository.archive import WalArchive
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Backup
@@ -228,9 +229,8 @@ class _Run:
         archive.begin(lsn)
         # The position may lie in WAL that an idle server has not flushed yet, and only what is flushed is
         # sent: a commit flushes all before it.
-        with contextlib.suppress(KnockwoodError), connect(dsn) as connection, translated():
-            connection.execute("set synchronous_commit = local")
-            connection.execute("select pg_catalog.pg_logical_emit_message(true, 'knockwood', 'flush')")
+        with contextlib.suppress(KnockwoodError), connect(dsn) as connection:
+            commit_nothing(connection, "flush")
 
     def _start(self) -> Lsn:
         """Where the WAL must begin that the newest backup, or the one asked for, needs."""

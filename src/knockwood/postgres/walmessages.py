@@ -1,4 +1,4 @@
-"""Logical messages in WAL (pg_logical_emit_message), by their prefix."""
+"""Logical messages in WAL (pg_logical_emit_message): written by a commit that changes nothing, and read again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from knockwood.model.wal import DEFAULT_SEGMENT_BYTES, Lsn, Timeline
 from knockwood.postgres.binaries import Programs
+from knockwood.postgres.connection import Connection, translated
 from knockwood.postgres.walreader import RECORD, Reader, parse_lsn
 
 _MESSAGE = re.compile(
@@ -21,6 +22,20 @@ class WalMessage(NamedTuple):
 
     lsn: Lsn
     payload: bytes
+
+
+def commit_nothing(connection: Connection, what: str) -> Lsn:
+    """Commit a message that says `what`: all WAL before it is on disk then; where its record ends.
+
+    No standby is waited for: one that lags must not hold up a repair. Raises PostgresError.
+    """
+    with translated(), connection.transaction():
+        connection.execute("set local synchronous_commit = local")
+        row = connection.execute(
+            "select pg_catalog.pg_logical_emit_message(true, 'knockwood', %s)::text", [what]
+        ).fetchone()
+    assert row is not None
+    return Lsn.parse(row[0])
 
 
 def messages(

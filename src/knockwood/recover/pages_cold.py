@@ -50,7 +50,7 @@ def cold_images(
     until = facts.flush_wal(subject, target.database)
     came_or_went: list[RelationEvent] = []
     images: dict[int, bytes] = {}
-    programs = facts.programs_of(subject)
+    programs = subject.server_programs
 
     def note(wal: StagedWal, records: Mapping[int, Sequence[BlockRecord]]) -> None:
         events = relation_events(programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes)

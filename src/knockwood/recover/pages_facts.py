@@ -9,15 +9,15 @@ from typing import Final
 
 import psycopg
 
-from knockwood.errors import HostError, InternalError, ObjectMissingError, RefusedError
+from knockwood.errors import HostError, ObjectMissingError, RefusedError
 from knockwood.host.direct import read_block
 from knockwood.integrity.check import Subject
 from knockwood.integrity.mended import Mended
 from knockwood.integrity.staged_wal import StagedWal, in_windows
 from knockwood.model.wal import Lsn
-from knockwood.postgres.binaries import Programs, find_programs
 from knockwood.postgres.connection import Connection, connect, translated, with_words
 from knockwood.postgres.pages import bad_pages, decode_header, fitting_blocks
+from knockwood.postgres.walmessages import commit_nothing
 from knockwood.postgres.walrefs import RelationEvent, relation_events
 from knockwood.recover.pages_wal import Node, block_records
 from knockwood.recover.plan.page_wal import (
@@ -124,10 +124,6 @@ def file_is_gone(subject: Subject, path: str) -> bool:
         raise HostError(f"cannot look at the file: {error.strerror}", where=path) from error
 
 
-def programs_of(subject: Subject) -> Programs:
-    return subject.programs or find_programs(subject.facts.major)
-
-
 def read_page(subject: Subject, path: str, block: int) -> bytes | None:
     """A page as the disk has it; None where the disk refuses to read it. Empty beyond the file's end."""
     if subject.data_directory is None:
@@ -164,15 +160,8 @@ def flush_wal(subject: Subject, database: str) -> Lsn:
     (What is flushed may end in the midst of a record: WAL read on from there would lack it.)
     """
     dsn = with_words(subject.dsn, dbname=database)
-    with connect(dsn, application_name="knockwood repair") as connection, translated():
-        # A standby that lags must not hold up a repair.
-        connection.execute("set synchronous_commit = local")
-        row = connection.execute(
-            "select pg_catalog.pg_logical_emit_message(true, 'knockwood', 'page repair')::text"
-        ).fetchone()
-    if row is None:
-        raise InternalError("no answer")
-    return Lsn.parse(row[0])
+    with connect(dsn, application_name="knockwood repair") as connection:
+        return commit_nothing(connection, "page repair")
 
 
 def say_mended(subject: Subject, target: Target, images: Mapping[int, Lsn]) -> None:
@@ -204,7 +193,7 @@ def wal_facts(
         return {}
 
     def read(wal: StagedWal) -> Mapping[int, Sequence[BlockRecord]]:
-        programs, size = programs_of(subject), wal.segment_bytes
+        programs, size = subject.server_programs, wal.segment_bytes
         records = block_records(
             programs, wal.folder, wal.timeline, wal.start, wal.end, size, target.node, blocks
         )
@@ -233,7 +222,7 @@ def wal_facts(
 def cuts_of(subject: Subject, target: Target, since: Lsn, until: Lsn) -> Sequence[RelationEvent]:
     """Where the WAL in [since, until) cuts the relation, or makes its file anew. Raises HostError where that WAL
     cannot be read."""
-    programs = programs_of(subject)
+    programs = subject.server_programs
 
     def read(wal: StagedWal) -> list[RelationEvent]:
         events = relation_events(programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes)

@@ -17,7 +17,6 @@ from knockwood.integrity.page_audit import Deviation
 from knockwood.integrity.relation_files import DataFiles, RelationFile, data_files
 from knockwood.integrity.staged_wal import StagedWal, staged_wal, with_wal
 from knockwood.model import Finding, Lsn, Severity
-from knockwood.postgres.binaries import find_programs
 from knockwood.postgres.connection import Connection
 from knockwood.postgres.waldump import first_record
 
@@ -146,7 +145,7 @@ class _Run:
         """
         if wal.start <= start:
             return wal.start
-        programs = self.subject.programs or find_programs(self.subject.facts.major)
+        programs = self.subject.server_programs
         first = first_record(programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes)
         return first if first is not None else wal.end
 

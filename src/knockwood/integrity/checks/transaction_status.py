@@ -19,7 +19,6 @@ from knockwood.integrity.relation_files import DataFiles, RelationFile, data_fil
 from knockwood.integrity.row_headers import Hints, hints_of
 from knockwood.integrity.staged_wal import StagedWal, with_wal
 from knockwood.model import Finding, Location, Lsn, Severity
-from knockwood.postgres.binaries import find_programs
 from knockwood.postgres.connection import translated
 from knockwood.postgres.pages import PAGE_BYTES, SEGMENT_PAGES
 from knockwood.postgres.waldump import RawCommit, WalWalk, raw_lsn, walk
@@ -143,7 +142,7 @@ def _against_wal(subject: Subject, known: _Range, status: NDArray[np.uint8]) -> 
             if len(denied) < _MOST_FINDINGS:
                 denied.extend(_denied(commits, known, status))
 
-        programs = subject.programs or find_programs(subject.facts.major)
+        programs = subject.server_programs
         walked = walk(
             programs, wal.folder, wal.timeline, wal.start, wal.end, wal.segment_bytes, on_commits=compare
         )
