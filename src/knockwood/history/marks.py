@@ -51,7 +51,9 @@ class Mark:
 def put(repository: Repository, mark: Mark) -> str:
     """Store a mark, durable on return; its object's full name."""
     name = f"{FOLDER}{clock.stamp(mark.made)}-{secrets.token_hex(4)}"
-    data = json.dumps({"format": _FORMAT, **mark.as_json()}, ensure_ascii=False).encode()
+    data = json.dumps({"format": _FORMAT, **mark.as_json()}, ensure_ascii=False).encode(
+        "utf-8", "backslashreplace"
+    )
     return repository.put(name, [data]).name
 
 

@@ -50,31 +50,28 @@ class Relation:
 _RELATIONS = """
 select c.oid::int8, pg_catalog.format('%I.%I', n.nspname, c.relname), c.relkind::text, c.relpersistence::text,
        pg_catalog.pg_relation_filepath(c.oid), a.amname, c.relisshared, c.relpages,
-       coalesce(
-           (select pg_catalog.format('%I.%I', tn.nspname, t.relname)
-            from pg_catalog.pg_index i
-            join pg_catalog.pg_class t on t.oid = i.indrelid
-            join pg_catalog.pg_namespace tn on tn.oid = t.relnamespace
-            where i.indexrelid = c.oid),
-           (select pg_catalog.format('%I.%I', tn.nspname, t.relname)
-            from pg_catalog.pg_class t
-            join pg_catalog.pg_namespace tn on tn.oid = t.relnamespace
-            where t.reltoastrelid = c.oid and c.relkind = 't')),
-       coalesce((select i.indisready from pg_catalog.pg_index i where i.indexrelid = c.oid), true)
+       case when o.oid is not null then pg_catalog.format('%I.%I', om.nspname, o.relname) end,
+       coalesce(i.indisready, true)
 from pg_catalog.pg_class c
 join pg_catalog.pg_namespace n on n.oid = c.relnamespace
 left join pg_catalog.pg_am a on a.oid = c.relam
+left join pg_catalog.pg_index i on i.indexrelid = c.oid
+left join pg_catalog.pg_class t on t.reltoastrelid = c.oid and c.relkind = 't'
+left join pg_catalog.pg_class o on o.oid = coalesce(i.indrelid, t.oid)
+left join pg_catalog.pg_namespace om on om.oid = o.relnamespace
 where c.relkind in ('r', 'i', 't', 'm', 'S')
-  and pg_catalog.pg_relation_filepath(c.oid) is not null
 order by c.oid
 """
+# Joins, where a subquery for each row would read pg_class once more for each TOAST table: it has no index on
+# reltoastrelid, and there may be ten thousands of them.
 
 
 def relations(connection: Connection, database: str) -> list[Relation]:
     """Every relation with storage in the connection's database, shared catalogs included."""
     with translated():
         rows = connection.execute(_RELATIONS).fetchall()
-    return [Relation(database, *row) for row in rows]
+    # One that is dropped at this moment has no path any more.
+    return [Relation(database, *row) for row in rows if row[4] is not None]
 
 
 def relations_of(subject: Subject) -> dict[str, Relation]:

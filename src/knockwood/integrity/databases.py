@@ -44,8 +44,7 @@ def _look(subject: Subject, database: str, look: Look) -> Iterator[Outcome]:
 
 
 def prepare(connection: Connection) -> None:
-    """Names come as text whatever the database's encoding; policies may not hide rows without an error."""
-    connection.execute("set client_encoding = 'UTF8'")
+    """Policies may not hide rows without an error."""
     connection.execute("set row_security = off")
 
 

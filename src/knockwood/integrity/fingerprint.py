@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Final
 
 PINNED: Final = {
-    "client_encoding": "UTF8",
     "search_path": "pg_catalog",
     "TimeZone": "UTC",
     "DateStyle": "ISO, YMD",

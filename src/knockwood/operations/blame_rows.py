@@ -22,7 +22,6 @@ _SETTINGS = {
     "TimeZone": "UTC",
     "DateStyle": "ISO, YMD",
     "IntervalStyle": "postgres",
-    "client_encoding": "UTF8",
     # A policy that hides rows makes the query fail: an answer that lacks rows would be wrong.
     "row_security": "off",
 }
@@ -150,7 +149,7 @@ def run_read_only(connection: Connection, query: str, timeout: float) -> list[li
             settings = _SETTINGS | {"statement_timeout": str(int(timeout * 1000))}
             for name, value in settings.items():
                 cursor.execute("select pg_catalog.set_config(%s, %s, true)", [name, value])
-            cursor.execute(query.encode(), prepare=True)
+            cursor.execute(query.encode("utf-8", "surrogateescape"), prepare=True)
             result = cursor.pgresult
             assert result is not None
             width = range(result.nfields)

@@ -202,7 +202,7 @@ def store(repository: Repository, proof: Proof, report: Report | None, compariso
         repository.put(f"{name}.full.json", [json.dumps(_plain(parts), indent=1).encode()])
         parts = without_rows(*parts)
     repository.storage.put_new(f"{name}.html", [_html_bytes(parts)])
-    repository.storage.put_new(f"{name}.xml", [as_junit(parts[0]).encode()])
+    repository.storage.put_new(f"{name}.xml", [as_junit(parts[0]).encode("utf-8", "replace")])
     repository.put_json(f"{name}.json", _plain(parts))
 
 

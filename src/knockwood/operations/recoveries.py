@@ -30,7 +30,7 @@ def keep(repository: Repository, name: str, plan: Plan, recovery: Recovery) -> N
     text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
     try:
         # Findings hold keys and rows: they are encrypted where backups are.
-        repository.put(f"{FOLDER}{name}.json", [text.encode()])
+        repository.put(f"{FOLDER}{name}.json", [text.encode("utf-8", "backslashreplace")])
     except ObjectExistsError:
         pass  # a run that was killed had stored it
 

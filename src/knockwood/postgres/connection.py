@@ -22,6 +22,7 @@ from knockwood.errors import (
 )
 from knockwood.model.wal import Lsn, Timeline
 from knockwood.postgres.binaries import SUPPORTED
+from knockwood.postgres.bytetext import keep_bytes
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -29,11 +30,15 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 def connect(
     dsn: str, *, application_name: str = "knockwood", autocommit: bool = True, **extra: Any
 ) -> Connection:
-    """Open a connection; raises ServerDownError, AuthenticationError or another PostgresError."""
+    """Open a connection; raises ServerDownError, AuthenticationError or another PostgresError.
+
+    Text comes as UTF-8 whatever the database's encoding, and byte by byte where it has none (`bytetext`).
+    """
+    words: dict[str, Any] = {"client_encoding": "UTF8", "connect_timeout": 10, **extra}
     with translated(dsn):
-        return psycopg.connect(
-            dsn, autocommit=autocommit, application_name=application_name, connect_timeout=10, **extra
-        )
+        made = psycopg.connect(dsn, autocommit=autocommit, application_name=application_name, **words)
+        keep_bytes(made)
+        return made
 
 
 @contextmanager

@@ -116,7 +116,9 @@ def ordered(wanted: Wanted) -> Wanted:
 
 
 def _order(key: RowKey) -> tuple[bytes, ...]:
-    return tuple(cell if isinstance(cell, bytes) else (cell or "").encode() for cell in key)
+    return tuple(
+        cell if isinstance(cell, bytes) else (cell or "").encode("utf-8", "surrogateescape") for cell in key
+    )
 
 
 def _read(
@@ -154,13 +156,8 @@ def text_rows(cursor: RawCursor[Any]) -> Iterable[list[Any]]:
     columns = range(result.nfields)
     for number in range(result.ntuples):
         values = (result.get_value(number, column) for column in columns)
-        try:
-            yield [None if value is None else bytes(value).decode() for value in values]
-        except UnicodeDecodeError as error:
-            raise RefusedError(
-                "a row holds text that is not valid in any encoding the database declares",
-                hint="a database of encoding SQL_ASCII: restore the table beside, and compare",
-            ) from error
+        # What is not UTF-8, in a database of encoding SQL_ASCII, is kept byte by byte (postgres/bytetext.py).
+        yield [None if value is None else bytes(value).decode("utf-8", "surrogateescape") for value in values]
 
 
 def read_versions(

@@ -22,7 +22,8 @@ def encode(culprits: Iterable[Culprit]) -> bytes:
     for culprit in culprits:
         lines.append(json.dumps({"xid": culprit.xid, "changes": len(culprit.changes)}))
         lines += (json.dumps(_change(change), ensure_ascii=False) for change in culprit.changes)
-    return ("\n".join(lines) + "\n").encode()
+    # Bytes that are no UTF-8 (postgres/bytetext.py) become JSON's own escapes.
+    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
 
 def decode(data: bytes) -> tuple[Culprit, ...]:

@@ -19,10 +19,10 @@ from knockwood.recover.tables_facts import Shape, ask, qualified, required_shape
 from knockwood.recover.tables_merge import Merged, row_hash
 
 _HEAD_LINES = 60
-# Only psql understands the first kind; the others would undo the limits of this session.
+# Only psql understands the first kind; the others would undo what this session is set to.
 _NOT_OURS = re.compile(
     r"\\(un)?restrict \w+\Z|SET (statement_timeout|lock_timeout|transaction_timeout"
-    r"|idle_in_transaction_session_timeout) = 0;\Z"
+    r"|idle_in_transaction_session_timeout) = 0;\Z|SET client_encoding = 'UTF8';\Z"
 )
 _GONE = (
     psycopg.errors.UndefinedObject,

@@ -233,7 +233,10 @@ def _must_not_overwrite(storage: Storage, header: bytes) -> None:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    # What is no UTF-8 in a name becomes one of JSON's own escapes.
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 def _read_json(storage: Storage, name: str) -> Any:
