@@ -47,12 +47,19 @@ if TYPE_CHECKING:
 
 __all__ = ["PartialClone", "PartialImpossibleError", "RelationKey", "spawn_for", "spawn_partial"]
 
-_FAMILY: Final = """
-with recursive tree(oid) as (
-    select c.oid from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-    where c.oid = %(oid)s::oid or pg_catalog.pg_relation_filenode(c.oid) = %(filenode)s::oid
-       or (%(oid)s::oid is null and %(filenode)s::oid is null
-           and n.nspname = %(schema)s and c.relname = %(name)s)
+_FAMILIES: Final = """
+with recursive named(oid) as (
+    select c.oid from pg_catalog.pg_class c where c.oid = any(%(oids)s::oid[])
+    union
+    select c.oid from pg_catalog.pg_class c
+    where pg_catalog.cardinality(%(filenodes)s::oid[]) > 0
+      and pg_catalog.pg_relation_filenode(c.oid) = any(%(filenodes)s::oid[])
+    union
+    select c.oid from unnest(%(schemas)s::name[], %(names)s::name[]) as w (schema, name)
+    join pg_catalog.pg_namespace n on n.nspname = w.schema
+    join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = w.name
+), tree(oid) as (
+    select oid from named
     union
     select i.inhrelid from pg_catalog.pg_inherits i join tree on i.inhparent = tree.oid
 ), tables as (
@@ -353,11 +360,9 @@ def _prove(clone: PartialClone) -> None:
     missing: dict[str, Locator] = {}
     with connect(clone.dsn(clone.entrance)) as connection, translated():
         rows = connection.execute("select datname from pg_catalog.pg_database").fetchall()
-    databases = {row[0] for row in rows}
-    for key in clone.keys:
-        if key.database in databases:
-            with connect(clone.dsn(key.database)) as connection:
-                missing |= _missing(clone, known, key, connection)
+    for database in {row[0] for row in rows} & {key.database for key in clone.keys}:
+        with connect(clone.dsn(database)) as connection:
+            missing |= _missing(clone, known, database, connection)
     if missing:
         raise PartialImpossibleError(
             f"{', '.join(sorted(missing)[:3])} would not be whole on it",
@@ -366,12 +371,21 @@ def _prove(clone: PartialClone) -> None:
 
 
 def _missing(
-    clone: PartialClone, known: WalFilter, key: RelationKey, connection: Connection
+    clone: PartialClone, known: WalFilter, database: str, connection: Connection
 ) -> dict[str, Locator]:
-    """The relations that belong to a key and are not here, by name."""
-    words = {"oid": key.oid, "filenode": key.filenode, "schema": key.schema, "name": key.name}
+    """The relations that belong to keys of a database and are not here, by name."""
+    keys = [key for key in clone.keys if key.database == database]
+    by_oid = [key.oid for key in keys if key.oid is not None]
+    by_node = [key.filenode for key in keys if key.oid is None and key.filenode is not None]
+    by_name = [key for key in keys if key.oid is None and key.filenode is None]
+    words = {
+        "oids": by_oid,
+        "filenodes": by_node,
+        "schemas": [key.schema for key in by_name],
+        "names": [key.name for key in by_name],
+    }
     with translated():
-        rows = connection.execute(_FAMILY, words).fetchall()
+        rows = connection.execute(_FAMILIES, words).fetchall()
     missing = {}
     for name, path in rows:
         place = locator_of(path)

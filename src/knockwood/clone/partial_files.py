@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -49,6 +49,10 @@ _TOP: Final = frozenset(
 """What a server needs of a data directory; a log folder or a stray file can be of any size."""
 
 
+Called = tuple[str, str, str | int]
+"""A database, and a schema and name, or "oid" or "filenode" and the number."""
+
+
 @dataclass(frozen=True, slots=True)
 class RelationKey:
     """A relation that somebody wants to read, by name, by `oid`, or by the `filenode` that WAL names.
@@ -69,15 +73,14 @@ class RelationKey:
         what = f"{self.schema}.{self.name}" if self.name else f"relation {self.oid or self.filenode}"
         return f"{self.database}.{what}"
 
-    def matches(self, relation: Relation) -> bool:
-        """Whether the recorded relation is the one meant."""
-        if relation.database != self.database:
-            return False
+    @property
+    def called(self) -> Called:
+        """What it is called by."""
         if self.oid is not None:
-            return relation.oid == self.oid
+            return self.database, "oid", self.oid
         if self.filenode is not None:
-            return relation.filenode == self.filenode
-        return (relation.schema, relation.name) == (self.schema, self.name)
+            return self.database, "filenode", self.filenode
+        return self.database, self.schema, self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +148,9 @@ def select(
                 f" {found.not_recorded[key.database]}"
             )
     recorded = [relation for relation in found.relations if relation.database in names]
-    wanted = set(more) | _recorded(found, recorded, keys)
-    cuts, stubs = _cuts(found, recorded, keys, pages)
+    meant = _meant(recorded, keys)
+    wanted = set(more) | _recorded(found, recorded, meant)
+    cuts, stubs = _cuts(found, meant, keys, pages)
     wanted -= cuts.keys() | stubs.keys()
     large = _places(relation for relation in recorded if relation.oid in _LARGE_OBJECTS) - wanted
     databases = {relation.database_oid for relation in recorded}
@@ -162,19 +166,34 @@ def select(
     return Selection(frozenset(wanted), frozenset(whole), cuts, stubs, entrance)
 
 
+def _meant(recorded: Iterable[Relation], keys: Iterable[RelationKey]) -> Mapping[Called, Sequence[Relation]]:
+    """The recorded relations that keys mean, by what these call them; there may be many of both."""
+    meant: dict[Called, list[Relation]] = {key.called: [] for key in keys}
+    for relation in recorded:
+        database = relation.database
+        for called in (
+            (database, "oid", relation.oid),
+            (database, "filenode", relation.filenode),
+            (database, relation.schema, relation.name),
+        ):
+            if called in meant:
+                meant[called].append(relation)
+    return meant
+
+
 def _cuts(
     found: RelationMap,
-    recorded: Collection[Relation],
-    keys: Collection[RelationKey],
+    meant: Mapping[Called, Sequence[Relation]],
+    keys: Iterable[RelationKey],
     pages: Callable[[str], int],
 ) -> tuple[dict[Locator, Cut], dict[Locator, str]]:
     """What is not fetched whole: large tables of which few blocks are wanted, and their large indexes."""
     cuts: dict[Locator, Cut] = {}
     stubs: dict[Locator, str] = {}
     for key in keys:
-        for relation in recorded if key.blocks is not None else ():
+        for relation in meant[key.called] if key.blocks is not None else ():
             place = locator_of(relation.path)
-            if not key.matches(relation) or place is None or relation.kind not in _HEAPS:
+            if place is None or relation.kind not in _HEAPS:
                 continue
             length = pages(relation.path)
             if length < _SMALL or len(key.blocks or ()) > length // _WORTH:
@@ -188,7 +207,7 @@ def _cuts(
 
 
 def _recorded(
-    found: RelationMap, recorded: Collection[Relation], keys: Collection[RelationKey]
+    found: RelationMap, recorded: Iterable[Relation], meant: Mapping[Called, Sequence[Relation]]
 ) -> set[Locator]:
     """The catalogs, the sequences (small, and which are a table's own is not recorded) and what is asked for."""
     wanted = _places(
@@ -196,8 +215,8 @@ def _recorded(
         for relation in recorded
         if relation.kind == "S" or (relation.oid < _FIRST_NORMAL and relation.oid not in _LARGE_OBJECTS)
     )
-    for relation in recorded:
-        if any(key.matches(relation) for key in keys):
+    for relations in meant.values():
+        for relation in relations:
             wanted |= _places(found.family(relation))
     return wanted
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal
 
 from knockwood.errors import KnockwoodError, ObjectDamagedError, ObjectMissingError, RepositoryFormatError
@@ -174,7 +175,7 @@ class Relation:
     shared: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RelationMap:
     """The map from names to files; `not_recorded` says which databases are not in it, and why."""
 
@@ -189,11 +190,19 @@ class RelationMap:
 
     def family(self, relation: Relation) -> tuple[Relation, ...]:
         """The relation, its indexes, its TOAST relation and that one's index."""
-        same = [one for one in self.relations if one.database_oid == relation.database_oid]
-        wanted = {relation.oid}
-        for _ in range(2):
-            wanted |= {one.oid for one in same if one.table in wanted}
-        return tuple(one for one in same if one.oid in wanted)
+        below = self._of_table(relation)
+        return (relation, *below, *(one for each in below for one in self._of_table(each)))
+
+    def _of_table(self, relation: Relation) -> Sequence[Relation]:
+        return self._by_table.get((relation.database_oid, relation.oid), ())
+
+    @cached_property
+    def _by_table(self) -> Mapping[tuple[int, int], Sequence[Relation]]:
+        found: dict[tuple[int, int], list[Relation]] = {}
+        for one in self.relations:
+            if one.table is not None:
+                found.setdefault((one.database_oid, one.table), []).append(one)
+        return found
 
 
 def relation_map(repository: Repository, backup: Backup) -> RelationMap:
