@@ -319,7 +319,7 @@ def _mend(made: Round, tally: Tally) -> tuple[tuple[str, ...], Recovery | None]:
         refused, recovery = plan.refused, None
         if plan.steps:
             verify = partial(verify_pages, site.cluster, site.repository, plan)
-            with PageRepairs(site.cluster, site.repository) as repairs:
+            with PageRepairs(site.cluster, site.repository, plan=plan) as repairs:
                 recovery = execute(
                     plan, repairs.handlers, site.folder / "journal", approve=plan.id, verify=verify
                 )

@@ -103,7 +103,7 @@ class Site:
         return plan_pages(self.cluster, self.repository, damaged, **options)
 
     def execute(self, plan: Plan) -> Recovery:
-        with PageRepairs(self.cluster, self.repository) as repairs:
+        with PageRepairs(self.cluster, self.repository, plan=plan) as repairs:
             return execute(
                 plan,
                 repairs.handlers,

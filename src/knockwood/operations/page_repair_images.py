@@ -16,9 +16,11 @@ from knockwood.history.standing import just_before
 from knockwood.integrity.check import Budget, Subject
 from knockwood.integrity.relation_files import require_own_folder
 from knockwood.model import Lsn
+from knockwood.model.recovery import Plan
 from knockwood.operations.cluster import Cluster
 from knockwood.operations.freshness import bring_up_to_date
 from knockwood.operations.page_repair_shadow import ShadowImages
+from knockwood.operations.page_repair_steps import REPAIR
 from knockwood.operations.shadow import warm_clone
 from knockwood.postgres.connection import connect, translated
 from knockwood.recover import pages_facts as facts
@@ -27,6 +29,7 @@ from knockwood.recover.pages_facts import Target
 from knockwood.recover.pages_images import Good, good_images
 from knockwood.recover.pages_write import Images
 from knockwood.recover.plan.page_wal import WalFacts
+from knockwood.recover.plan.pages import Procedure
 from knockwood.repository.backups.listing import list_backups
 from knockwood.repository.backups.model import Progress, chain
 from knockwood.repository.plans import RestorePlan
@@ -35,10 +38,15 @@ from knockwood.repository.targets import Latest, resolve
 
 __all__ = ["GoodImages"]
 
+_Key = tuple[str, str, int]
+"""A backup, a database, and a relation's oid."""
+
 
 @dataclass(slots=True)
 class GoodImages:
-    """What the steps of one plan share: the server as subject, and a clone per table, made when first asked.
+    """What the steps of one plan share: the server as subject, and clones, made when first asked.
+
+    Of each backup there is one for all steps of the `plan`; where that one does not do, one more for the table.
 
     As a context manager it destroys the clones at the end.
     """
@@ -46,7 +54,10 @@ class GoodImages:
     cluster: Cluster
     repository: Repository
     progress: Callable[[Progress], None] | None = None
-    _clones: dict[tuple[str, int], Clone] = field(default_factory=dict)
+    plan: Plan | None = None
+    _clones: dict[_Key, Clone] = field(default_factory=dict)
+    _made: set[str] = field(default_factory=set)
+    """The backups of which the clone for all steps was made."""
     _subject: Subject | None = None
     _shadow: ShadowImages | None = None
 
@@ -153,14 +164,13 @@ class GoodImages:
         beyond: Mapping[int, Lsn],
         known: Mapping[int, WalFacts],
     ) -> Good:
-        key = (backup, target.oid)
-        clone = self._clones.get(key)
+        clone = self._clones.get((backup, target.database, target.oid))
         held = clone.held(target.node) if clone is not None else None
         if held is not None and not held.issuperset(blocks):
-            self.forget(backup, target)
+            self.forget(backup, target.database, target.oid)
             clone = None
         if clone is None:
-            clone = self._clones[key] = self.clone_at(backup, target, blocks=frozenset(blocks))
+            clone = self._clone_for_steps(backup, target, blocks)
         whole = type(clone) is Clone  # others are shared or not complete: never opened for writes
         try:
             good = good_images(
@@ -173,8 +183,29 @@ class GoodImages:
                 self.subject, clone, target, blocks, beyond=beyond, known=good.wal, may_promote=False
             )
         except KnockwoodError:
-            self.forget(backup, target)
+            self.forget(backup, target.database, target.oid)
             raise
+
+    def _clone_for_steps(self, backup: str, target: Target, blocks: Collection[int]) -> Clone:
+        """A clone with the blocks, and the first time with those of all other steps: a disk that fails damages many
+        tables, and what a clone costs are its start and its WAL."""
+        wanted = {(target.database, target.oid): frozenset(blocks)}
+        for step in self.plan.steps if self.plan is not None and backup not in self._made else ():
+            words = step.arguments
+            if (
+                step.kind == REPAIR
+                and words["backup"] == backup
+                and words["procedure"] != Procedure.SAVE_BUFFER
+            ):
+                place = (words["database"], words["oid"])
+                wanted[place] = wanted.get(place, frozenset()) | frozenset(words["blocks"])
+        self._made.add(backup)
+        clone = self._spawn(
+            self._newest(backup, target),
+            [RelationKey(database, oid=oid, blocks=some) for (database, oid), some in wanted.items()],
+        )
+        self._clones |= {(backup, *place): clone for place in wanted}
+        return clone
 
     def _from_before(
         self, lsn: Lsn, backup: str, target: Target, blocks: Collection[int], beyond: Mapping[int, Lsn]
@@ -187,48 +218,45 @@ class GoodImages:
             programs=self.cluster.programs(plan.backup.major),
             purpose="page repair",
             progress=self.progress,
-            registry=Registry(self.cluster.settings.proof.clones or self.cluster.state),
+            registry=self._registry,
         ) as clone:
             return good_images(self.subject, clone, target, blocks, beyond=beyond)
 
-    def forget(self, backup: str, target: Target) -> None:
-        """Destroy the clone of a backup that holds the target: the next one stands at a later point."""
-        clone = self._clones.pop((backup, target.oid), None)
+    def forget(self, backup: str, database: str, oid: int) -> None:
+        """Destroy the clone of a backup that holds the relation: the next one stands at a later point."""
+        clone = self._clones.get((backup, database, oid))
         if clone is not None:
+            self._clones = {key: each for key, each in self._clones.items() if each is not clone}
             clone.destroy()
 
     def clone_at(
         self,
         backup: str,
         target: Target,
-        at: Callable[[RestorePlan], RestorePlan] = lambda plan: plan,
-        *,
-        blocks: frozenset[int] | None = None,
+        at: Callable[[RestorePlan], RestorePlan],
     ) -> Clone:
         """A clone with the target's table, at the point that `at` makes of the plan to the newest commit.
 
-        From the shadow where that can give one, else of the table alone, else of the whole backup; with `blocks` of
-        these of the target.
+        From the shadow where that can give one, else of the table alone, else of the whole backup.
         """
         plan = at(self._newest(backup, target))
-        registry = Registry(self.cluster.settings.proof.clones or self.cluster.state)
-        if blocks is None:
-            self._give_back()
-            warm = warm_clone(self.cluster, self.repository, plan, registry=registry, wait=2)
-            if warm is not None:
-                return warm
+        self._give_back()
+        warm = warm_clone(self.cluster, self.repository, plan, registry=self._registry, wait=2)
+        return warm or self._spawn(plan, [RelationKey(target.database, oid=target.owner_oid)])
+
+    @property
+    def _registry(self) -> Registry:
+        return Registry(self.cluster.settings.proof.clones or self.cluster.state)
+
+    def _spawn(self, plan: RestorePlan, relations: Collection[RelationKey]) -> Clone:
         return spawn_for(
             self.repository,
             plan,
-            [
-                RelationKey(
-                    target.database, oid=target.owner_oid if blocks is None else target.oid, blocks=blocks
-                )
-            ],
+            relations,
             programs=self.cluster.programs(plan.backup.major),
             purpose="page repair",
             progress=self.progress,
-            registry=registry,
+            registry=self._registry,
         )
 
     def _newest(self, backup: str, target: Target) -> RestorePlan:
@@ -255,7 +283,7 @@ class GoodImages:
     def close(self) -> None:
         self._give_back()
         while self._clones:
-            self._clones.popitem()[1].destroy()
+            self.forget(*next(iter(self._clones)))
 
     def __enter__(self) -> Self:
         return self

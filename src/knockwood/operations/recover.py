@@ -273,7 +273,7 @@ class _Run:
         if kinds & _PAGE_STEPS:
             from knockwood.operations.page_repair import PageRepairs
 
-            pages = PageRepairs(self.cluster, self.repository)
+            pages = PageRepairs(self.cluster, self.repository, plan=self.plan)
             self._closing.append(pages.close)
             found += pages.handlers
         if RESTORE_TABLE in kinds:
