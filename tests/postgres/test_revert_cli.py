@@ -105,7 +105,8 @@ def test_a_table_locked_before_another_culprits_commit(line: CommandLine) -> Non
         [(locking,)] = connection.execute("select pg_current_xact_id()::text::bigint").fetchall()
         other = transaction(line, "update account set balance = 5 where id = 2")
         connection.execute("commit")
-    done = line("revert", other, locking, "--apply")
+    assert "--max-rows" in line.fails(4, "KW200", "revert", locking, "--max-rows", 2)["hint"]
+    done = line("revert", other, locking, "--apply", "--max-rows", 4)
     assert done["verdict"] == "held"
     assert done["reverted"] == [locking, other]
     assert fingerprint(line.server.dsn("postgres")) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import marshal
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -133,7 +134,11 @@ class RowStore:
     ) -> Iterator[tuple[int | None, list[ColumnValue] | None, int | None, list[ColumnValue] | None]]:
         """File and row before, file and row after, of every change, file by file in order of the WAL."""
         for before, old, after, new in self._database.execute(_JOINED):
-            yield before, _values(old), after, _values(new)
+            was, becomes = _values(old), _values(new)
+            if was is not None and becomes is not None:
+                # Most columns of an update stay as they are: one value does for both.
+                becomes = [a if a == b else b for a, b in zip_longest(was, becomes) if b is not None]
+            yield before, was, after, becomes
 
     def close(self) -> None:
         self._database.close()

@@ -298,7 +298,7 @@ class Decoder:
         if self._rows > self._limit:
             raise RefusedError(
                 f"more than {self._limit:,} rows were changed",
-                hint="raise the limit if there is memory for it, or restore the tables from a clone",
+                hint="raise it with --max-rows if there is memory for it, or restore the tables from a clone",
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 from knockwood.clone.registry import Registry
 from knockwood.errors import KnockwoodError, ObjectMissingError, RefusedError, UsageError
 from knockwood.history.index import ArchiveIndex
+from knockwood.history.touched import ROW_LIMIT
 from knockwood.history.transaction import Transaction
 from knockwood.integrity.tables import open_pinned
 from knockwood.model import Claim, Verdict
@@ -41,12 +42,13 @@ OnStep = Callable[[StepProgress], None]
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What is asked for. `counters` are TABLE.COLUMN, `max_lock_wait` seconds."""
+    """What is asked for. `counters` are TABLE.COLUMN, `max_lock_wait` seconds; above `max_rows` it is refused."""
 
     xids: tuple[int, ...]
     mode: Mode = Mode.STRICT
     counters: tuple[str, ...] = ()
     max_lock_wait: float = MAX_LOCK_WAIT
+    max_rows: int = ROW_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,8 @@ def propose(
     """
     if not wish.xids:
         raise UsageError("no transaction is named", hint="knockwood revert XID...")
+    if wish.max_rows < 1:
+        raise UsageError("a limit below one", hint="--max-rows 5000000")
     tell = progress or (lambda _: None)
     repository = cluster.repository()
     tell("bringing the archive up to date")
@@ -289,7 +293,14 @@ class _Proposing:
         missing = [each for each in transactions if each.commit_lsn not in gathered.culprits]
         if missing:
             self.tell(f"reading what {', '.join(str(each.xid) for each in missing)} changed, from a clone")
-            changes_of(self.cluster, self.index.repository, missing, gathered, self.registry)
+            changes_of(
+                self.cluster,
+                self.index.repository,
+                missing,
+                gathered,
+                self.registry,
+                limit=self.wish.max_rows,
+            )
         return gathered.reasons
 
     def _more(
@@ -323,7 +334,9 @@ class _Proposing:
                 self.notes.append(f"{len(candidates)} transactions lie between: too many to look through")
             return []
         apart = Gathered()
-        changes_of(self.cluster, self.index.repository, candidates, apart, self.registry)
+        changes_of(
+            self.cluster, self.index.repository, candidates, apart, self.registry, limit=self.wish.max_rows
+        )
         if apart.reasons:
             self.notes += apart.reasons
             return []

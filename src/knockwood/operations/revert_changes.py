@@ -11,7 +11,7 @@ from knockwood.history.images import RowChanges, row_changes
 from knockwood.history.shapes import TableShape
 from knockwood.history.spawners import clones_for
 from knockwood.history.standing import Position, ProgramsFor, Spawner, Standing, commit_plan
-from knockwood.history.touched import Decoded
+from knockwood.history.touched import ROW_LIMIT, Decoded
 from knockwood.history.transaction import TableId, Transaction
 from knockwood.model import Lsn
 from knockwood.operations.cluster import Cluster
@@ -89,11 +89,13 @@ def changes_of(
     transactions: Sequence[Transaction],
     gathered: Gathered,
     registry: Registry | None = None,
+    *,
+    limit: int = ROW_LIMIT,
 ) -> None:
     """Read what the transactions did, the oldest first, from one clone that goes on from commit to commit.
 
     The clone is a warm one where the shadow can give one. What may have begun before the archive's WAL is a
-    reason to refuse, and nothing is read then.
+    reason to refuse, and nothing is read then. Raises RefusedError above `limit` rows.
     """
     half = [one.xid for one in transactions if not one.complete]
     gathered.reasons += [
@@ -102,7 +104,7 @@ def changes_of(
     if half:
         return
     ordered = sorted(transactions, key=lambda one: one.commit_lsn)
-    reading = _Reading(cluster, repository, ordered, Decoded(repository), registry)
+    reading = _Reading(cluster, repository, ordered, Decoded(repository, limit), registry)
     onward = _to_the_last(repository, ordered, cluster.programs)
     if cluster.settings.shadow.enabled:
         trial = gathered.copy()

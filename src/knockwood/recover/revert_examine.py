@@ -170,7 +170,11 @@ class _Examination:
 
 def _placed(culprit: Culprit, catalog: Catalog) -> Culprit:
     """The changes of partitions as changes of the table they belong to; a row that moved is one update."""
-    changes = tuple(replace(change, table=catalog.roots[change.table]) for change in culprit.changes)
+    roots = catalog.roots
+    changes = tuple(
+        change if roots[change.table] == change.table else replace(change, table=roots[change.table])
+        for change in culprit.changes
+    )
     return normalised(replace(culprit, changes=changes), catalog.schema.tables)
 
 

@@ -140,12 +140,15 @@ def _read(
     found: dict[RowKey, list[Found]] = {}
     for n, place, xmin, *values in text_rows(cursor):
         half = len(texts)
-        cells = {
-            name: ColumnValue(text, None if image is None else bytes.fromhex(image[2:]))
-            for name, text, image in zip(table.columns, values[:half], values[half:], strict=True)
-            if name in table.facts.columns or name in table.facts.key
-        }
-        found.setdefault(keys[int(n) - 1], []).append(Found(place, int(xmin), cells))
+        key = keys[int(n) - 1]
+        known = asked[key]
+        cells = {}
+        for name, text, image in zip(table.columns, values[:half], values[half:], strict=True):
+            if name in table.facts.columns or name in table.facts.key:
+                value = ColumnValue(text, None if image is None else bytes.fromhex(image[2:]))
+                # Most are as the transaction left them: one value does for both, of a million rows.
+                cells[name] = known[name] if known.get(name) == value else value
+        found.setdefault(key, []).append(Found(place, int(xmin), cells))
     return {key: tuple(rows) for key, rows in found.items()}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,33 +16,48 @@ from knockwood.host import files
 from knockwood.recover.plan.rows import Culprit
 
 _FORMAT: Final = "knockwood rows 1"
+_BATCH: Final = 1000
 
 
 def encode(culprits: Iterable[Culprit]) -> bytes:
     """The transactions' changes as JSON lines: equal changes give equal bytes."""
-    lines = [json.dumps({"format": _FORMAT})]
+    return b"".join(_chunks(culprits))
+
+
+def _chunks(culprits: Iterable[Culprit]) -> Iterator[bytes]:
+    """The same, many lines at once."""
+    lines = _lines(culprits)
+    while batch := list(islice(lines, _BATCH)):
+        # Bytes that are no UTF-8 (postgres/bytetext.py) become JSON's own escapes.
+        yield ("\n".join(batch) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _lines(culprits: Iterable[Culprit]) -> Iterator[str]:
+    yield json.dumps({"format": _FORMAT})
     for culprit in culprits:
-        lines.append(json.dumps({"xid": culprit.xid, "changes": len(culprit.changes)}))
-        lines += (json.dumps(_change(change), ensure_ascii=False) for change in culprit.changes)
-    # Bytes that are no UTF-8 (postgres/bytetext.py) become JSON's own escapes.
-    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+        yield json.dumps({"xid": culprit.xid, "changes": len(culprit.changes)})
+        for change in culprit.changes:
+            yield json.dumps(_change(change), ensure_ascii=False)
 
 
 def decode(data: bytes) -> tuple[Culprit, ...]:
     """What `encode` wrote; raises HostError."""
     try:
-        return tuple(_culprits(line for line in data.decode().split("\n") if line))
+        return tuple(_culprits(line.decode() for line in BytesIO(data) if line.strip()))
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise HostError("the file of row changes cannot be read", hint=str(error)) from error
 
 
 def store(folder: Path, culprits: Iterable[Culprit]) -> tuple[Path, str]:
     """Keep the changes under their own SHA-256; returns the path and that."""
-    data = encode(culprits)
-    sha256 = hashlib.sha256(data).hexdigest()
+    chunks = list(_chunks(culprits))
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    sha256 = digest.hexdigest()
     path = folder / f"{sha256}.jsonl"
     try:
-        files.write_new(path, [data])
+        files.write_new(path, chunks)
     except ObjectExistsError:
         pass  # the same changes, shown before
     return path, sha256
@@ -88,6 +105,9 @@ def _culprits(lines: Iterator[str]) -> Iterator[Culprit]:
 
 def _parsed(value: Mapping[str, Any]) -> RowChange:
     before, after = _cells(value["before"]), _cells(value["after"])
+    if before and after:
+        # Most columns of an update stay as they are: one value does for both.
+        after = {name: before[name] if before.get(name) == cell else cell for name, cell in after.items()}
     row = before or after or {}
     return RowChange(
         TableId(*value["table"]), value["kind"], {name: row[name] for name in value["key"]}, before, after

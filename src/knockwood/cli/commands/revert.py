@@ -11,6 +11,7 @@ from rich.markup import escape
 from knockwood.cli.answer import Answer, coloured, seconds
 from knockwood.cli.common import DEFAULT, Common
 from knockwood.cli.progress import spinner
+from knockwood.history.touched import ROW_LIMIT
 from knockwood.history.transaction import Transaction
 from knockwood.operations import revert as operation
 from knockwood.operations.revert import MAX_LOCK_WAIT, Executed, Proposal, Wish
@@ -42,6 +43,7 @@ def revert(
     max_lock_wait: Annotated[
         float, Parameter(help="Seconds to wait for a row that somebody holds.")
     ] = MAX_LOCK_WAIT,
+    max_rows: Annotated[int, Parameter(help="Refuse more changed rows than this.")] = ROW_LIMIT,
     common: Common = DEFAULT,
 ) -> Answer:
     """Undo what transactions changed, row by row and column by column, and nothing else.
@@ -50,7 +52,7 @@ def revert(
     a conflict, shown and refused unless the mode says otherwise.
     """
     cluster = common.open_cluster()
-    wish = Wish(xids, Mode(mode), counter, max_lock_wait)
+    wish = Wish(xids, Mode(mode), counter, max_lock_wait, max_rows)
     with spinner("revert", quiet=common.json) as tell:
         going = apply or approve is not None
         entry = operation.unfinished(cluster, xids) if going and xids else None

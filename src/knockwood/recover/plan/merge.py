@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from knockwood.history.transaction import ColumnValue, RowChange, TableId
 from knockwood.recover.plan.change import Verdict, decide, plus, row_key
@@ -33,16 +33,14 @@ from knockwood.recover.plan.rows import (
 def wanted_keys(
     culprits: Sequence[Culprit], tables: Mapping[TableId, TableFacts]
 ) -> dict[TableId, dict[RowKey, Row]]:
-    """Every key whose current row the merge needs, with the values to look for it by."""
+    """Every key whose current row the merge needs, with a row that has it."""
     wanted: dict[TableId, dict[RowKey, Row]] = defaultdict(dict)
     for culprit in culprits:
         for change in culprit.changes:
             facts = tables[change.table]
             for row in (change.before, change.after):
                 if row is not None:
-                    wanted[change.table][row_key(row, facts)] = {
-                        name: row[name] for name in facts.key or facts.columns if name in row
-                    }
+                    wanted[change.table][row_key(row, facts)] = row
     return dict(wanted)
 
 
@@ -70,15 +68,15 @@ def normalised(culprit: Culprit, tables: Mapping[TableId, TableFacts]) -> Culpri
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """A row on its way through the merge: as found, and as the reverts so far leave it."""
+    """A row on its way through the merge: as found, and as the reverts so far leave it. There may be a million."""
 
     table: TableId
     found: Found | None
     values: dict[str, ColumnValue] | None
-    keys: list[RowKey] = field(default_factory=list)
-    deltas: dict[str, str] = field(default_factory=dict)
-    plain: set[str] = field(default_factory=set)
-    changes: list[ChangeId] = field(default_factory=list)
+    keys: tuple[RowKey, ...] = ()
+    deltas: dict[str, str] | None = None
+    plain: tuple[str, ...] = ()
+    changes: tuple[ChangeId, ...] = ()
 
 
 class _World:
@@ -88,14 +86,14 @@ class _World:
         self._tables = tables
         self.slots: list[_Slot] = []
         self._at: dict[tuple[TableId, RowKey], list[_Slot]] = defaultdict(list)
-        by_place: dict[tuple[TableId, str], _Slot] = {}
         for table, rows in current.rows.items():
+            by_place: dict[str, _Slot] = {}
             for key, everything in rows.items():
                 for found in everything:
                     # Two keys asked for may be equal to PostgreSQL (1.0, 1.00) and find one row.
-                    slot = by_place.get((table, found.place))
+                    slot = by_place.get(found.place)
                     if slot is None:
-                        slot = by_place[table, found.place] = _Slot(table, found, dict(found.values))
+                        slot = by_place[found.place] = _Slot(table, found, dict(found.values))
                         self.slots.append(slot)
                     self._stand(slot, key)
 
@@ -111,14 +109,14 @@ class _World:
         """Take the row away from every key it is found under."""
         for key in slot.keys:
             self._at[slot.table, key].remove(slot)
-        slot.keys.clear()
+        slot.keys = ()
 
     def put(self, slot: _Slot) -> None:
         assert slot.values is not None
         self._stand(slot, row_key(slot.values, self._tables[slot.table]))
 
     def _stand(self, slot: _Slot, key: RowKey) -> None:
-        slot.keys.append(key)
+        slot.keys += (key,)
         self._at[slot.table, key].append(slot)
 
     def new(self, table: TableId, values: Row) -> _Slot:
@@ -212,7 +210,7 @@ class _Merging:
             self._already += 1
             return None
         self._note_later(slot, change)
-        slot.changes.append(here)
+        slot.changes += (here,)
         if not verdict.values:
             self._world.take(slot)
             slot.values = None
@@ -227,11 +225,12 @@ class _Merging:
             self._world.take(slot)
         slot.values |= verdict.values
         for name in verdict.values:
+            deltas = slot.deltas or {}
             if name in verdict.deltas and name not in slot.plain:
-                slot.deltas[name] = plus(slot.deltas.get(name, "0"), verdict.deltas[name])
+                slot.deltas = {**deltas, name: plus(deltas.get(name, "0"), verdict.deltas[name])}
             else:
-                slot.plain.add(name)
-                slot.deltas.pop(name, None)
+                slot.plain += (name,)
+                deltas.pop(name, None)
         return slot if moves else None
 
     def _bring_back(self, here: ChangeId, change: RowChange) -> None:
@@ -252,10 +251,10 @@ class _Merging:
             self._conflict(here, change, verdict.conflict, slot, verdict.detail, verdict.columns)
         elif verdict.kind == "insert":
             fresh = self._world.new(change.table, verdict.values)
-            fresh.changes.append(here)
+            fresh.changes += (here,)
             self._world.put(fresh)
         elif verdict.kind == "set" and slot is not None and slot.values is not None:
-            slot.changes.append(here)
+            slot.changes += (here,)
             moved = self._set(slot, verdict)
             if moved is not None:
                 self._world.put(moved)
@@ -301,7 +300,7 @@ class _Merging:
         columns = tuple(name for name, value in slot.values.items() if not value.same(old[name]))
         if not columns:
             return None
-        deltas = {name: delta for name, delta in slot.deltas.items() if name in columns}
+        deltas = {name: delta for name, delta in (slot.deltas or {}).items() if name in columns}
         return Operation("set", slot.table, slot.found, slot.values, columns, deltas, changes)
 
 
