@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Self
 
-from knockwood.clone.partial import RelationKey, spawn_for
+from knockwood.clone.partial import RelationKey, spawn_for, spawn_partial
 from knockwood.clone.registry import Registry
 from knockwood.clone.spawn import Clone, spawn
 from knockwood.errors import KnockwoodError, RefusedError
@@ -40,6 +41,9 @@ __all__ = ["GoodImages"]
 
 _Key = tuple[str, str, int]
 """A backup, a database, and a relation's oid."""
+
+_Blocks = Mapping[tuple[str, int], frozenset[int] | None]
+"""By database and oid of a relation the blocks that are wanted of it, None for all of it."""
 
 
 @dataclass(slots=True)
@@ -188,9 +192,24 @@ class GoodImages:
 
     def _clone_for_steps(self, backup: str, target: Target, blocks: Collection[int]) -> Clone:
         """A clone with the blocks, and the first time with those of all other steps: a disk that fails damages many
-        tables, and what a clone costs are its start and its WAL."""
+        tables, and what a clone costs are its start and its WAL.
+
+        One of them may need more than its blocks (the WAL cuts it, say): then each table has its own.
+        """
+        plan = self._newest(backup, target)
         wanted = {(target.database, target.oid): frozenset(blocks)}
-        for step in self.plan.steps if self.plan is not None and backup not in self._made else ():
+        if backup not in self._made:
+            self._made.add(backup)
+            every = self._of_steps(backup, wanted)
+            with suppress(KnockwoodError):
+                if len(every) > 1:
+                    return self._hold(backup, every, self._spawn(plan, every, spawn_partial))
+        return self._hold(backup, wanted, self._spawn(plan, wanted, spawn_for))
+
+    def _of_steps(self, backup: str, wanted: _Blocks) -> _Blocks:
+        """What is wanted, with what the plan's steps will want of the backup."""
+        found = dict(wanted)
+        for step in self.plan.steps if self.plan is not None else ():
             words = step.arguments
             if (
                 step.kind == REPAIR
@@ -198,12 +217,10 @@ class GoodImages:
                 and words["procedure"] != Procedure.SAVE_BUFFER
             ):
                 place = (words["database"], words["oid"])
-                wanted[place] = wanted.get(place, frozenset()) | frozenset(words["blocks"])
-        self._made.add(backup)
-        clone = self._spawn(
-            self._newest(backup, target),
-            [RelationKey(database, oid=oid, blocks=some) for (database, oid), some in wanted.items()],
-        )
+                found[place] = frozenset((found.get(place) or frozenset()) | frozenset(words["blocks"]))
+        return found
+
+    def _hold(self, backup: str, wanted: _Blocks, clone: Clone) -> Clone:
         self._clones |= {(backup, *place): clone for place in wanted}
         return clone
 
@@ -242,17 +259,18 @@ class GoodImages:
         plan = at(self._newest(backup, target))
         self._give_back()
         warm = warm_clone(self.cluster, self.repository, plan, registry=self._registry, wait=2)
-        return warm or self._spawn(plan, [RelationKey(target.database, oid=target.owner_oid)])
+        return warm or self._spawn(plan, {(target.database, target.owner_oid): None}, spawn_for)
 
     @property
     def _registry(self) -> Registry:
         return Registry(self.cluster.settings.proof.clones or self.cluster.state)
 
-    def _spawn(self, plan: RestorePlan, relations: Collection[RelationKey]) -> Clone:
-        return spawn_for(
+    def _spawn(self, plan: RestorePlan, wanted: _Blocks, spawner: Callable[..., Clone]) -> Clone:
+        keys = [RelationKey(database, oid=oid, blocks=blocks) for (database, oid), blocks in wanted.items()]
+        return spawner(
             self.repository,
             plan,
-            relations,
+            keys,
             programs=self.cluster.programs(plan.backup.major),
             purpose="page repair",
             progress=self.progress,
