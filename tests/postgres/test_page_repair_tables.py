@@ -19,7 +19,7 @@ TABLES = 8
 ALL = "select string_agg(t::text, ',' order by id) from m{n} t"
 
 
-@pytest.mark.parametrize("version", [15, 18])
+@pytest.mark.parametrize("version", [pytest.param(15, marks=pytest.mark.slow), 18])
 def test_pages_of_many_tables_come_from_one_clone(new_server: ServerFactory, version: int) -> None:
     server = new_server(version, wal_keep_size="500MB")
     with site_of(server) as site:

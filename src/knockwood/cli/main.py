@@ -16,7 +16,14 @@ from cyclopts import App, CycloptsError
 from knockwood import __version__
 from knockwood.cli.answer import Answer, print_answer, print_error
 from knockwood.cli.commands import register_commands
-from knockwood.errors import EXIT_NOT_CHECKED, InternalError, KnockwoodError, StoppedError, UsageError
+from knockwood.errors import (
+    EXIT_NOT_CHECKED,
+    InternalError,
+    KnockwoodError,
+    RefusedError,
+    StoppedError,
+    UsageError,
+)
 
 _COMMON_WITH_VALUE = ("--config", "--cluster")
 _FETCH_ANSWERS = (0, 1)
@@ -82,7 +89,14 @@ def _run(words: list[str], *, as_json: bool) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _internal(error: Exception) -> InternalError:
+def _internal(error: Exception) -> KnockwoodError:
+    if isinstance(error, UnicodeEncodeError):
+        near = str(error.object)[max(error.start - 20, 0) : error.end + 20]
+        return RefusedError(
+            "a name holds bytes that are no UTF-8, which cannot be put into a statement",
+            where=near.encode("utf-8", "backslashreplace").decode(),
+            hint="a database of encoding SQL_ASCII: rename the table or column",
+        )
     last = traceback.extract_tb(error.__traceback__)[-1]
     return InternalError(
         f"{type(error).__name__}: {error}",
