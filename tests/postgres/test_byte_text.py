@@ -122,5 +122,14 @@ def test_a_name_that_is_no_text_is_told(line: CommandLine) -> None:
         4, "KW200", "restore", "--table", 'legacy.public."caf\udce9"', "--to", "latest", "--apply"
     )
     assert "no UTF-8" in error["what"]
+    # A definition comes back with its bytes.
+    with connect(line.server.dsn("legacy")) as connection:
+        statement = "create table odd (id int primary key, note text default 'caf\udce9')"
+        connection.execute(statement.encode("utf-8", "surrogateescape"))
+        [(xid,)] = connection.execute("select txid_current()").fetchall()
+        connection.execute("drop table odd")
+    line("restore", "--table", "legacy.public.odd", "--to", f"before-{xid}", "--in-place", "--apply")
+    line.execute("insert into odd values (1)", "legacy")
+    assert line.execute("select note::bytea from odd", "legacy") == [(b"caf\xe9",)]
     # Others go on.
     assert line("restore", "--table", "legacy.public.menu", "--to", "latest", "--apply")["rows"] == 40

@@ -149,6 +149,9 @@ def test_backups_that_have_the_old_page_lead_to_the_mended_one(new_server: Serve
         # Between the damage and the repair the page is the old one: who goes back there is told.
         there = restore(site.repository, before, site.folder / "there")
         assert "mended pages of postgres.public.account only later" in " ".join(there.warnings)
+        wish = recover.Wish(in_place=True, target=before, target_text=str(before.lsn))
+        lost = recover.propose(site.cluster, wish=wish).plan.expected_loss.detail
+        assert "mended pages of postgres.public.account only later" in lost
         after = resolve(site.repository, Latest())
         assert recoveries.aware(site.repository, after).warnings == after.warnings
         other = TableName("postgres", "public", "other")

@@ -90,7 +90,8 @@ def _run(words: list[str], *, as_json: bool) -> int:
 
 
 def _internal(error: Exception) -> KnockwoodError:
-    if isinstance(error, UnicodeEncodeError):
+    # Not of a terminal that has few letters.
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":
         near = str(error.object)[max(error.start - 20, 0) : error.end + 20]
         return RefusedError(
             "a name holds bytes that are no UTF-8, which cannot be put into a statement",

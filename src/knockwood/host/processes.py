@@ -80,8 +80,12 @@ def run(
     input: bytes | None = None,
     timeout: float | None = None,
     check: bool = True,
+    errors: str = "replace",
 ) -> Completed:
-    """Run a program to its end; raises ProgramFailedError with its last lines unless it succeeds."""
+    """Run a program to its end; raises ProgramFailedError with its last lines unless it succeeds.
+
+    `errors` is what becomes of bytes in its output that are no UTF-8, as `bytes.decode` knows it.
+    """
     child = start(
         command,
         account=account,
@@ -100,7 +104,7 @@ def run(
         for pipe in (child.stdout, child.stderr):
             if pipe is not None:
                 pipe.close()
-    done = Completed(child.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
+    done = Completed(child.returncode, out.decode(errors=errors), err.decode(errors="replace"))
     if check and done.status != 0:
         last = " / ".join((done.err.strip() or done.out.strip()).splitlines()[-3:])
         raise ProgramFailedError(f"ended with status {done.status}: {last}", where=str(command[0]))

@@ -22,7 +22,7 @@ _HEAD_LINES = 60
 # Only psql understands the first kind; the others would undo what this session is set to.
 _NOT_OURS = re.compile(
     r"\\(un)?restrict \w+\Z|SET (statement_timeout|lock_timeout|transaction_timeout"
-    r"|idle_in_transaction_session_timeout) = 0;\Z|SET client_encoding = 'UTF8';\Z"
+    r"|idle_in_transaction_session_timeout) = 0;\Z|SET client_encoding = '\w+';\Z"
 )
 _GONE = (
     psycopg.errors.UndefinedObject,
@@ -91,7 +91,9 @@ class Create:
             "--lock-wait-timeout=60s",
         ]
         command += [f"--table={pattern}" for pattern in patterns]
-        text = processes.run(command, env={"LC_ALL": "C", "PGCLIENTENCODING": "UTF8"}).out
+        encoding = self.source.info.parameter_status("client_encoding") or "UTF8"
+        environment = {"LC_ALL": "C", "PGCLIENTENCODING": encoding}
+        text = processes.run(command, env=environment, errors="surrogateescape").out
         lines = text.split("\n")
         ours = [
             line
@@ -99,7 +101,7 @@ class Create:
             if not ((number < _HEAD_LINES or number > len(lines) - 10) and _NOT_OURS.match(line))
         ]
         try:
-            self.live.execute("\n".join(ours).encode())
+            self.live.execute("\n".join(ours).encode("utf-8", "surrogateescape"))
         except psycopg.errors.ForeignKeyViolation as error:
             raise RefusedError(
                 f"its rows refer to rows that are gone: {error.diag.message_detail}",
